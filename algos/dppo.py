@@ -1,0 +1,311 @@
+"""DPPO: PPO over the two-layer MDP of environment chunks and denoising steps (Ren et al., 2024).
+
+The last K' of the K reverse steps are tuned; a frozen copy of the cloned policy takes the others. Each tuned step is an
+action with a Gaussian log-probability; all K' steps of a chunk share the chunk's advantage, discounted towards noise.
+
+Letters: N environments or batch, T chunks, M = T N states, K' tuned steps (``C`` in code), H horizon, Ta executed steps,
+To observed steps, A action dim.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+from dprl.diffusion import DiffusionPolicy
+from dprl.envs.collect import Collect, Rollout
+from dprl.errors import found
+from dprl.normalize import Obs
+from dprl.optim import adamw, set_lr, warmup_cosine
+from dprl.policy import device_of, frozen
+from dprl.returns import ReturnScale, chunk_rewards, discounts
+
+
+class ChainActor(nn.Module):
+    """Draws chunks with the frozen ``base`` for the first reverse steps and ``tuned`` for the last ``tuned_steps``.
+
+    In ``train`` mode it explores: each tuned step has a std of at least ``min_std``, the last one too, and what the
+    update wants is recorded. In ``eval`` mode the schedule's own std is all the noise there is.
+    """
+
+    def __init__(self, *, policy: nn.Module, tuned_steps: int, min_std: float, noise_limit: float):
+        super().__init__()
+        if not isinstance(policy, DiffusionPolicy):
+            raise found("dppo tunes a diffusion policy", "policy_from= a run of pretrain.py", type(policy).__name__, "policy_from=runs/<task>-bc-<seed>")
+        steps = len(policy.schedule)
+        if not 1 <= tuned_steps <= steps:
+            raise found("algo.actor.tuned_steps is out of range", f"1 to {steps}, the policy's reverse steps", tuned_steps, f"algo.actor.tuned_steps={min(10, steps)}")
+        self.base: DiffusionPolicy = frozen(policy)  # type: ignore[assignment]
+        self.tuned = policy
+        self.first = steps - tuned_steps
+        self.min_std, self.noise_limit = min_std, noise_limit
+
+    @property
+    def tuned_steps(self) -> int:
+        return len(self.tuned.schedule) - self.first
+
+    def start(self, obs: Obs) -> Tensor:
+        """The base's part of the chain: x [N, H, A] before the first tuned step."""
+        x = self.base.prior(len(obs))
+        if self.first:
+            for step in self.base.denoise(x, self.base.encode(obs), range(self.first)):
+                x = step.x
+        return x
+
+    def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.start(obs)
+        explore = dict(min_std=self.min_std, noise_limit=self.noise_limit) if self.training else {}
+        steps = list(self.tuned.denoise(x, self.tuned.encode(obs), range(self.first, len(self.tuned.schedule)), **explore))
+        act = self.tuned.to_env(steps[-1].x)
+        if not self.training:
+            return act, {}
+        logp = [self.log_prob(step.x, step.mean, step.std) for step in steps]
+        return act, {"chain": torch.stack([x, *(step.x for step in steps)], 1), "logp": torch.stack(logp, 1)}
+
+    def log_prob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Log-density of ``x`` [N, H, A] per executed number: the mean over (Ta, A), so that the clip means the same
+        for every chunk length. [N]"""
+        z = (x - mean) / std
+        density = -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        return self.tuned.executed(density).mean((-2, -1))
+
+    def means(self, policy: DiffusionPolicy, obs: Obs, chain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of every tuned step of ``chain`` [N, C+1, H, A], each state's steps together: what was drawn, and the
+        Gaussian it is scored with by ``policy``: x, mean [N*C, H, A], std broadcasting to them."""
+        n, c = len(obs), self.tuned_steps
+        cond = policy.encode(obs).repeat_interleave(c, 0)  # [N*C, ...] encoded once a state
+        i = torch.arange(self.first, self.first + c, device=chain.device).repeat(n)  # [N*C]
+        mean, std = policy.reverse(chain[:, :-1].flatten(0, 1), i, cond)
+        return chain[:, 1:].flatten(0, 1), mean, std.clamp(min=self.min_std)
+
+    def score(self, obs: Obs, chain: Tensor) -> Tensor:
+        """Log-probabilities of every tuned step of ``chain`` [N, C+1, H, A] under the tuned policy: [N, C]."""
+        return self.log_prob(*self.means(self.tuned, obs, chain)).view(len(obs), -1)
+
+    @torch.no_grad()
+    def base_chain(self, obs: Obs) -> Tensor:
+        """The tuned part of a fresh chain drawn by the base alone, exploring as the tuned policy does: [N, C+1, H, A]."""
+        x = self.start(obs)
+        steps = self.base.denoise(
+            x, self.base.encode(obs), range(self.first, len(self.base.schedule)), min_std=self.min_std, noise_limit=self.noise_limit
+        )
+        return torch.stack([x, *(step.x for step in steps)], 1)
+
+
+def clip_ranges(*, first: float, last: float, rate: float, steps: int) -> Tensor:
+    """The PPO clip of each tuned step, growing from ``first`` (noisiest) to ``last`` as exp(rate u): [C].
+
+    eps(u) = first + (last - first) (e^{rate u} - 1) / (e^rate - 1), u = i / (C - 1); a single step has ``last``.
+    """
+    u = torch.linspace(0, 1, steps) if steps > 1 else torch.ones(1)
+    growth = torch.expm1(rate * u) / math.expm1(rate) if rate else u
+    return first + (last - first) * growth
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, clip: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """-E[min(r A, clip(r, 1-eps, 1+eps) A)] with r = exp(logp - old_logp); ``logp``, ``adv`` [N, C], ``clip`` [C]."""
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()
+    clipped = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
+    loss = -torch.minimum(ratio * adv, clipped * adv).mean()
+    with torch.no_grad():
+        metrics = {
+            "ratio": ratio.mean(),
+            "kl": (ratio - 1 - log_ratio).mean(),  # k3 estimator, Schulman (2020)
+            "clipped": ((ratio - 1).abs() > clip).float().mean(),
+        }
+    return loss, metrics
+
+
+def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float | None) -> Tensor:
+    """Half the squared error; with ``clip``, the worse of it and that of a value held within +-clip of the old. [N]"""
+    error = (value - target).square()
+    if clip is not None:
+        held = old_value + (value - old_value).clamp(-clip, clip)
+        error = torch.maximum(error, (held - target).square())
+    return 0.5 * error.mean()
+
+
+class DPPO:
+    """The algorithm. Settings are explained, with their defaults, in ``configs/algo/dppo.yaml``."""
+
+    def __init__(
+        self,
+        *,
+        policy: nn.Module,
+        actor: Callable[..., ChainActor],
+        critic: Callable[..., nn.Module],
+        env_steps: int,
+        chunks: int,
+        epochs: int,
+        batch: int,
+        gamma: float,
+        gae_lambda: float,
+        denoise_discount: float,
+        clip_first: float,
+        clip_last: float,
+        clip_rate: float,
+        value_clip: float | None,
+        target_kl: float | None,
+        max_grad_norm: float,
+        actor_lr: float,
+        actor_lr_final: float,
+        critic_lr: float,
+        critic_lr_final: float,
+        lr_warmup: float,
+        weight_decay: float,
+        critic_warmup: int,
+        scale_rewards: bool,
+        bc_weight: float,
+    ):
+        for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
+            if value < 1:
+                raise found(f"algo.{name} is too small", "at least 1", value, f"algo.{name}=1 or more")
+        self.actor = actor(policy=policy)
+        tuned = self.actor.tuned
+        device = device_of(tuned)
+        self.critic = critic(obs_shape=tuned.obs_shape, obs_steps=tuned.obs_steps).to(device)
+        self.actor_optimizer = adamw(tuned.parameters(), lr=actor_lr, weight_decay=weight_decay)
+        self.critic_optimizer = adamw(self.critic.parameters(), lr=critic_lr, weight_decay=weight_decay)
+        self.env_steps, self.chunks, self.epochs, self.batch = env_steps, chunks, epochs, batch
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        steps = self.actor.tuned_steps
+        self.discount = denoise_discount ** torch.arange(steps - 1, -1, -1, device=device)  # [C], 1 at the last step
+        self.clip = clip_ranges(first=clip_first, last=clip_last, rate=clip_rate, steps=steps).to(device)
+        self.value_clip, self.target_kl, self.max_grad_norm = value_clip, target_kl, max_grad_norm
+        self.rates = {
+            self.actor_optimizer: dict(lr=actor_lr, final=actor_lr_final, warmup=lr_warmup),
+            self.critic_optimizer: dict(lr=critic_lr, final=critic_lr_final, warmup=lr_warmup),
+        }
+        self.critic_warmup, self.bc_weight = critic_warmup, bc_weight
+        self.scale = ReturnScale(gamma) if scale_rewards else None
+        self.iteration = 0
+
+    def progress(self, collect: Collect) -> float:
+        return 1.0 if self._spent(collect) else collect.env_steps / self.env_steps
+
+    def _spent(self, collect: Collect) -> bool:
+        """Whether another iteration might take more environment steps than the budget holds."""
+        most = collect.num_envs * self.chunks * collect.act_steps
+        return self.iteration > 0 and collect.env_steps + most > self.env_steps
+
+    def train(self, collect: Collect) -> Iterator[dict[str, float]]:
+        while not self._spent(collect):
+            for optimizer, rate in self.rates.items():
+                set_lr(optimizer, warmup_cosine((collect.env_steps + 1) / self.env_steps, **rate))
+            self.actor.train()
+            rollout = collect(self.actor, self.chunks)
+            batch, metrics = self.advantages(rollout)
+            metrics |= self.update(batch)
+            self.iteration += 1
+            yield metrics
+
+    def value(self, obs: Obs) -> Tensor:
+        """V(s) of ``obs`` [M, To, O]: [M]."""
+        return self.critic(self.actor.base.obs_norm(obs))
+
+    @torch.no_grad()
+    def advantages(self, rollout: Rollout) -> tuple[TensorDict, dict[str, float]]:
+        """GAE over chunks; a batch of M states: obs, chain, logp, value, adv and target (the value's)."""
+        t, n = rollout.batch_size
+        terminated, done = rollout.terminated, rollout.terminated | rollout.truncated
+        values = self.value(torch.cat([rollout.obs, rollout.next_obs[-1:]]).flatten(0, 1)).view(t + 1, n)
+        value, next_value = values[:-1], values[1:].clone()
+        cut = rollout.truncated & ~terminated
+        cut[-1] = False  # the last row's successor was valued above
+        if cut.any():
+            next_value[cut] = self.value(rollout.next_obs[cut])  # the true successor, not the next episode's start
+        rew = chunk_rewards(rollout.rew, self.gamma)  # [T, N]
+        gamma = discounts(rollout.length, self.gamma)
+        if self.scale is not None:
+            rew = self.scale(rew, gamma, done)
+        adv, target = (
+            x.squeeze(-1)
+            for x in generalized_advantage_estimate(
+                gamma.unsqueeze(-1),  # type: ignore[arg-type]
+                self.gae_lambda,
+                *(x.unsqueeze(-1) for x in (value, next_value, rew, done, terminated)),
+                time_dim=0,
+            )
+        )
+        batch = TensorDict(
+            obs=rollout.obs, chain=rollout.extra["chain"], logp=rollout.extra["logp"], value=value, adv=adv, target=target, batch_size=[t, n]
+        )
+        explained = 1 - (target - value).var() / target.var().clamp(min=1e-8)
+        return batch.flatten(), {"explained_variance": float(explained), "value": float(value.mean())}
+
+    def update(self, batch: TensorDict) -> dict[str, float]:
+        """``epochs`` passes over the M states in minibatches of ``batch`` states, each with all its K' steps."""
+        warm = self.iteration < self.critic_warmup
+        sums: dict[str, Tensor] = {}
+        count, stop = 0, False
+        for _ in range(self.epochs):
+            order = torch.randperm(len(batch), device=batch.device or batch["adv"].device)
+            for index in order.chunk(max(1, round(len(order) / self.batch))):
+                metrics = self._step(batch[index], warm)
+                for key, value in metrics.items():
+                    sums[key] = sums.get(key, 0) + value  # type: ignore[assignment]
+                count += 1
+                if self.target_kl is not None and not warm and float(metrics["kl"]) > self.target_kl:
+                    stop = True
+                    break
+            if stop:
+                break
+        return {key: float(value) / count for key, value in sums.items()} | {"updates": count, "stopped": float(stop)}
+
+    def _step(self, rows: TensorDict, warm: bool) -> dict[str, Tensor]:
+        loss = value_loss(self.value(rows["obs"]), rows["value"], rows["target"], self.value_clip)
+        metrics = {"critic_loss": loss.detach()}
+        self._descend(self.critic_optimizer, self.critic, loss)
+        if warm:
+            return metrics
+        adv = rows["adv"]
+        adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
+        logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
+        loss, parts = policy_loss(logp, rows["logp"], adv[:, None] * self.discount, self.clip)
+        if self.bc_weight:
+            bc = self.bc_loss(rows["obs"])
+            loss = loss + self.bc_weight * bc
+            parts["bc_loss"] = bc.detach()
+        parts["grad_norm"] = self._descend(self.actor_optimizer, self.actor.tuned, loss)
+        return metrics | parts
+
+    def bc_loss(self, obs: Obs) -> Tensor:
+        """E over chains of the base of KL(base step || tuned step), per executed number: keeps what BC could do.
+
+        Up to a constant it is -log p_tuned of those chains, the published regulariser, with the noise of one of its two
+        sources taken out.
+        """
+        chain = self.actor.base_chain(obs)
+        _, tuned, std = self.actor.means(self.actor.tuned, obs, chain)
+        with torch.no_grad():
+            _, base, _ = self.actor.means(self.actor.base, obs, chain)
+        return (0.5 * self.actor.tuned.executed((tuned - base) / std).square()).mean()
+
+    def _descend(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_grad_norm)
+        optimizer.step()
+        return norm.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "critic": self.critic.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "scale": None if self.scale is None else self.scale.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.critic.load_state_dict(state["critic"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["scale"])

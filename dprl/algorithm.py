@@ -1,0 +1,33 @@
+"""What ``finetune.py`` asks of an algorithm, and what it saves of one."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from dprl.envs.collect import Collect
+
+
+class Algorithm(Protocol):
+    """Built from ``configs/algo/<name>.yaml`` with ``policy``, the module that ``policy_from`` names.
+
+    Its yaml has a node ``actor`` that builds ``actor`` from a policy; the checkpoint keeps that node, with the policy's
+    own node inside, and so reloads the tuned policy as exactly itself.
+    """
+
+    actor: nn.Module
+
+    def train(self, collect: Collect) -> Iterator[dict[str, float]]:
+        """Improves ``actor``, one iteration a ``next``. Between two of them the driver may evaluate, save, and begin
+        new episodes; after ``load_state_dict`` it goes on from where the state was taken."""
+        ...
+
+    def progress(self, collect: Collect) -> float:
+        """How much of the budget is spent, 0..1."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values: all but the actor's weights that going on exactly needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,117 @@
+"""Checkpoints: ``config.json`` (how to build the actor), ``model.safetensors``, and ``trainer.pt`` to go on from.
+
+A run's folder holds ``checkpoints/<step>/`` and ``best.json``, which names the step with the best validation score.
+Nothing here unpickles: safetensors, JSON, and ``torch.load(weights_only=True)``.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dprl.errors import UserError, found
+from dprl.files import read_json, replacing, write_json
+from dprl.versions import versions
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An actor as it was saved. ``node`` builds it again, and nests into the node of an actor that wraps it."""
+
+    actor: nn.Module
+    node: dict[str, Any]
+    task: str
+    path: Path
+
+
+def save(path: Path, actor: nn.Module, *, node: dict[str, Any], task: str, trainer: dict[str, Any]) -> None:
+    """Writes the folder ``path`` whole or not at all. ``node`` is a config that instantiates ``actor``."""
+    if path.exists():
+        shutil.rmtree(path)
+    with replacing(path) as folder:
+        folder.mkdir()
+        config = {"format": FORMAT, "task": task, "actor": node, "versions": versions()}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file({name: value.contiguous() for name, value in actor.state_dict().items()}, folder / "model.safetensors")
+        torch.save(trainer, folder / "trainer.pt")
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, ascending."""
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+
+
+def at(run: Path, step: int) -> Path:
+    """The folder of one checkpoint."""
+    return run / "checkpoints" / f"{step:08d}"
+
+
+def best_step(run: Path) -> int | None:
+    """The step that validated best, or None."""
+    return read_json(run / "best.json")["step"] if (run / "best.json").is_file() else None
+
+
+def keep(run: Path, step: int, score: float | None) -> None:
+    """After a checkpoint at ``step``: notes it as the best if ``score`` is, and removes all but the last and the best."""
+    best = read_json(run / "best.json") if (run / "best.json").is_file() else None
+    if score is not None and (best is None or score > best["score"] or best["step"] >= step):
+        best = {"step": step, "score": score}
+        write_json(run / "best.json", best)
+    kept = {step} | ({best["step"]} if best else set())
+    for other in steps(run):
+        if other not in kept:
+            shutil.rmtree(at(run, other))
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that ``path`` names: itself, or a run's best, or else its last."""
+    path = Path(path).expanduser()
+    if (path / "model.safetensors").is_file():
+        return path
+    taken = steps(path)
+    if not taken:
+        raise found("no checkpoint", "a run's folder, or a checkpoint's", f"nothing to load at {path}", "python pretrain.py, or policy_from=runs/<run>")
+    best = best_step(path)
+    return at(path, taken[-1] if best is None else best)
+
+
+def build(node: dict[str, Any], source: object) -> nn.Module:
+    """Instantiates an actor from its ``node``."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        raise UserError(f"{source}: its actor cannot be built: {error.__cause__ or error}") from None
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> Loaded:
+    """The actor saved at ``path`` (a run's folder or a checkpoint's), exactly as it was, in ``eval`` mode."""
+    folder = resolve(path)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        got = config.get("format") if isinstance(config, dict) else config
+        raise found(f"{folder}/config.json is of another format", f"format {FORMAT}", got, "use the dprl that wrote it")
+    actor = build(config["actor"], folder)
+    try:
+        weights = load_file(folder / "model.safetensors")
+        actor.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder}/model.safetensors does not fit its config.json: {error}") from None
+    return Loaded(actor.to(device).eval(), config["actor"], config["task"], folder)
+
+
+def load_trainer(folder: Path) -> dict[str, Any]:
+    """The trainer's state that was saved beside the actor."""
+    try:
+        return torch.load(folder / "trainer.pt", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"{folder}/trainer.pt cannot be read: {error}") from None

@@ -1,0 +1,158 @@
+"""Behaviour cloning: the one trainer of every policy that has a ``loss(obs, act, mask)``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from dprl import checkpoint, run, setup
+from dprl.data.episodes import Episodes
+from dprl.data.windows import Order, Windows
+from dprl.envs.vector import check_fits
+from dprl.evaluate import FINALS, Evaluation, evaluate
+from dprl.files import write_json
+from dprl.log import Metrics
+from dprl.optim import adamw, ema, set_lr, warmup_cosine
+from dprl.policy import ChunkPolicy
+from dprl.versions import versions
+
+
+class Cloner:
+    """A policy, its optimizer and its average, trained on windows of episodes.
+
+    ``settings``: steps batch lr lr_final warmup weight_decay max_grad_norm ema.
+    """
+
+    def __init__(self, policy: ChunkPolicy, episodes: Episodes, *, settings: DictConfig, seed: int, device: torch.device):
+        self.s = settings
+        self.windows = Windows(episodes, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device)
+        policy.fit_normalizers(self.windows.obs, self.windows.act)
+        self.policy = policy
+        self.ema = ema(policy, settings.ema)
+        self.optimizer = adamw(policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.order = Order(len(self.windows), batch=settings.batch, seed=seed)
+        self.step = 0
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The policy to act with and to save."""
+        return self.ema.module
+
+    def train(self, steps: int) -> dict[str, float]:
+        """Takes ``steps`` gradient steps; returns the mean loss and gradient norm."""
+        s, total, norms = self.s, 0.0, 0.0
+        lr_args = dict(lr=float(s.lr), final=float(s.lr_final), warmup=float(s.warmup))
+        max_norm, parameters = float(s.max_grad_norm), list(self.policy.parameters())
+        self.policy.train()
+        for _ in range(steps):
+            rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
+            set_lr(self.optimizer, rate)
+            batch = self.order(self.step).to(self.windows.act.device)
+            loss = self.policy.loss(*self.windows[batch])
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norms = norms + nn.utils.clip_grad_norm_(parameters, max_norm).detach()
+            self.optimizer.step()
+            self.ema.update_parameters(self.policy)
+            total = total + loss.detach()
+            self.step += 1
+        return {"loss": float(total) / steps, "grad_norm": float(norms) / steps, "lr": rate}
+
+    @torch.no_grad()
+    def validate(self, windows: Windows) -> float:
+        """The averaged policy's loss on held-out windows, with the same noise each time."""
+        devices = [windows.act.device] if windows.act.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            every = torch.arange(len(windows), device=windows.act.device)
+            losses = [float(self.averaged.loss(*windows[part])) * len(part) for part in every.split(4096)]  # type: ignore[operator]
+        return sum(losses) / len(windows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "policy": self.policy.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": run.rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.policy.load_state_dict(state["policy"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        run.set_rng_state(state["rng"])
+
+
+def clone(cfg: DictConfig, overrides: list[str]) -> Path:
+    """``pretrain.py``: reads the data, trains, evaluates, saves. Returns the run's folder."""
+    planned = run.plan(cfg, overrides)
+    cfg, folder = planned.cfg, planned.folder
+    device = run.prepare(cfg)
+    episodes: Episodes = setup.construct(cfg.data, "data")
+    with open_dict(cfg):
+        cfg.policy.obs_shape, cfg.policy.act_dim = list(episodes.obs.shape[1:]), episodes.act.shape[-1]
+    kept, held = episodes.split(cfg.train.validation, cfg.seed)
+    policy: ChunkPolicy = setup.construct(cfg.policy, "policy").to(device)
+    envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs)
+    check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=episodes.source)
+    cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
+    held_windows = held and Windows(held, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device)
+    planned.begin()
+    if planned.step is not None:
+        cloner.load_state_dict(checkpoint.load_trainer(checkpoint.at(folder, planned.step)))
+
+    node = OmegaConf.to_container(cfg.policy, resolve=True)
+    metrics = Metrics(
+        folder,
+        setup.logger(cfg, folder),
+        total=cfg.train.steps,
+        unit="step",
+        shown=("loss", "validation/loss", "evaluation/success", "evaluation/return"),
+        step=cloner.step,
+    )
+    parameters = sum(p.numel() for p in policy.parameters())
+    print(f"{len(kept)} episodes, {len(cloner.windows)} steps from {episodes.source}; {parameters:,} parameters, {device}")
+    while cloner.step < cfg.train.steps:
+        log_every, save_every = cfg.train.log_every, cfg.train.save_every
+        due = min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, cfg.train.steps - cloner.step)
+        values = cloner.train(due)
+        last = cloner.step == cfg.train.steps
+        if last or cloner.step % save_every == 0:
+            if held_windows:
+                values["validation/loss"] = cloner.validate(held_windows)
+            if not last and cfg.evaluation.episodes:
+                seeds = range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)
+                values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
+        metrics.log(values, step=cloner.step, done=cloner.step)
+        if last or cloner.step % save_every == 0:
+            trainer = cloner.state_dict() | {"seconds": metrics.seconds}
+            checkpoint.save(checkpoint.at(folder, cloner.step), cloner.averaged, node=node, task=cfg.task.name, trainer=trainer)
+            checkpoint.keep(folder, cloner.step, None)
+    metrics.close()
+    first = cfg.evaluation.seed + FINALS
+    final = evaluate(cloner.averaged, envs, range(first, first + cfg.evaluation.final_episodes))
+    envs.close()
+    write_result(folder, cfg, final, seconds=metrics.seconds)
+    return folder
+
+
+def write_result(folder: Path, cfg: DictConfig, final: Evaluation, *, seconds: float) -> None:
+    """``result.json`` and what the user reads last."""
+    summary = final.summary() | ({"modes": final.modes(cfg.task.modes)} if cfg.task.modes else {})
+    result = {
+        "task": cfg.task.name,
+        "algo": cfg.name,
+        "seed": cfg.seed,
+        "env_steps": 0,
+        "gradient_steps": cfg.train.steps,
+        "train_seconds": seconds,
+        "bc": summary,
+        "config": run.plain(cfg),
+        "versions": versions(),
+    }
+    write_json(folder / "result.json", result)
+    print(f"{folder}: {final.describe()} after {cfg.train.steps} steps in {seconds / 60:.1f} min")

@@ -1,0 +1,93 @@
+"""The HDF5 layout of D4RL, read and written with h5py: flat arrays, an episode ends at ``terminals`` or ``timeouts``."""
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from dprl.data.episodes import Episodes, check
+from dprl.errors import UserError, found
+from dprl.files import replacing
+
+REQUIRED = ("observations", "actions")
+
+
+def load(path: str | os.PathLike, hint: str = "data.path=<a D4RL-layout HDF5 file>") -> Episodes:
+    """Reads one file. v0 files, without ``next_observations``, and files without rewards are welcome.
+
+    A file that stops in mid-episode ends in an episode that is cut there, not terminated. ``hint`` is said when there
+    is no file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise found("no data file", "an HDF5 file in D4RL's layout", f"nothing at {path}", hint)
+    try:
+        with h5py.File(path) as file:
+            return check(_read(file, str(path)))
+    except OSError as error:
+        raise found(f"{path} cannot be read", "an HDF5 file in D4RL's layout", error, hint) from None
+
+
+def _read(file: h5py.File, source: str) -> Episodes:
+    missing = [key for key in REQUIRED if not isinstance(file.get(key), h5py.Dataset)]
+    if missing:
+        raise found(f"{source} lacks '{missing[0]}'", "D4RL's keys: " + ", ".join(REQUIRED), sorted(file), "use another reader: data=...")
+    act = _array(file, "actions", source, np.float32, 2)
+    obs = _array(file, "observations", source, np.float32, 2)
+    steps = len(act)
+    arrays = {"observations": obs}
+    for key, dtype, dims in (("rewards", np.float32, 1), ("terminals", bool, 1), ("timeouts", bool, 1), ("next_observations", np.float32, 2)):
+        if key in file:
+            arrays[key] = _array(file, key, source, dtype, dims)
+    for key, value in arrays.items():
+        if len(value) != steps:
+            raise found(f"{source}: '{key}' has another length", f"{steps} steps, as 'actions'", len(value), "repair the file")
+    if steps == 0:
+        raise found(f"{source} holds no data", "at least one step", "none", "write or name another file")
+    if "terminals" not in arrays and "timeouts" not in arrays:
+        raise found(f"{source} does not say where episodes end", "'terminals' or 'timeouts'", sorted(file), "add either array")
+    terminals = arrays.get("terminals", np.zeros(steps, bool))
+    stops = terminals | arrays.get("timeouts", np.zeros(steps, bool))
+    stops[-1] = True
+    last = np.flatnonzero(stops)
+    successors = arrays.get("next_observations")
+    return Episodes(
+        obs=torch.from_numpy(obs),
+        act=torch.from_numpy(act),
+        rew=torch.from_numpy(arrays["rewards"]) if "rewards" in arrays else None,
+        ends=torch.from_numpy(last + 1),
+        terminated=torch.from_numpy(terminals[last]),
+        last_obs=None if successors is None else torch.from_numpy(successors[last]),
+        source=source,
+    )
+
+
+def _array(file: h5py.File, key: str, source: str, dtype, dims: int) -> np.ndarray:
+    data = file[key]
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiub":
+        raise UserError(f"{source}: '{key}' is no array of numbers")
+    if dims == 1 and data.ndim == 2 and data.shape[1] == 1:
+        return data[:, 0].astype(dtype)
+    if data.ndim != dims:
+        raise found(f"{source}: '{key}' has the wrong shape", f"{dims} dimensions", data.shape, "repair the file, or use another reader: data=...")
+    return data[()].astype(dtype)
+
+
+def save(path: str | os.PathLike, episodes: Episodes) -> None:
+    """Writes ``episodes`` so that ``load`` gives them back; the file appears whole or not at all."""
+    obs, last = episodes.obs.numpy(), episodes.ends.numpy() - 1
+    terminals = np.zeros(len(obs), bool)
+    terminals[last] = episodes.terminated.numpy()
+    timeouts = np.zeros(len(obs), bool)
+    timeouts[last] = ~episodes.terminated.numpy()
+    arrays = dict(observations=obs, actions=episodes.act.numpy(), terminals=terminals, timeouts=timeouts)
+    if episodes.rew is not None:
+        arrays["rewards"] = episodes.rew.numpy()
+    if episodes.last_obs is not None:
+        arrays["next_observations"] = np.concatenate([obs[1:], obs[:1]])
+        arrays["next_observations"][last] = episodes.last_obs.numpy()
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for key, value in arrays.items():
+            file.create_dataset(key, data=value, compression="gzip")

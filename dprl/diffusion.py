@@ -1,0 +1,137 @@
+"""The diffusion policy: a chunk of actions drawn by denoising, conditioned on the observation.
+
+Letters: N batch, H horizon, Ta executed steps, To observed steps, A action dim, O observation dim, K noise levels,
+S reverse steps. Chunks inside this module are normalised; ``to_env`` leaves it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from dprl.normalize import Obs
+from dprl.policy import ChunkPolicy, device_of, masked_mse
+from dprl.schedule import Predict, Schedule
+
+Cond = Tensor | TensorDictBase  # what a denoiser makes of an observation; leading dimension N
+Guide = Callable[[Tensor, int], Tensor]  # clean-chunk estimate [N, H, A] and reverse step -> a better estimate
+
+
+class Denoiser(Protocol):
+    """Any ``nn.Module`` with these two, built with ``obs_shape obs_steps act_dim horizon levels`` besides its own."""
+
+    def encode(self, obs: Obs) -> Cond:
+        """Everything that depends on the observation alone; called once a chunk."""
+        ...
+
+    def __call__(self, x: Tensor, k: Tensor, cond: Cond) -> Tensor:
+        """``x`` [N, H, A] at level ``k``, [N] or one for all, -> the prediction [N, H, A]."""
+        ...
+
+
+class Step(NamedTuple):
+    """A reverse step taken: the chunk ``x`` [N, H, A] drawn from a Gaussian of ``mean`` and ``std``."""
+
+    x: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+class Chain(NamedTuple):
+    """``act`` [N, Ta, A] in environment units and, if asked for, ``x`` [N, S+1, H, A] from noise to clean."""
+
+    act: Tensor
+    x: Tensor | None
+
+
+class DiffusionPolicy(ChunkPolicy):
+    """Denoising diffusion over action chunks (Chi et al., 2023).
+
+    ``clip``: the clean-chunk estimate is held within +-clip, in normalised units. ``denoiser`` is a constructor that
+    still wants the sizes, ``schedule`` one that wants ``predict``: what the denoiser says.
+    """
+
+    def __init__(
+        self,
+        *,
+        denoiser: Callable[..., nn.Module],
+        schedule: Callable[..., Schedule],
+        predict: Predict,
+        clip: float,
+        **sizes,
+    ):
+        super().__init__(**sizes)
+        self.schedule = schedule(predict=predict)
+        self.clip = clip
+        self.denoiser = denoiser(
+            obs_shape=self.obs_shape,
+            obs_steps=self.obs_steps,
+            act_dim=self.act_dim,
+            horizon=self.horizon,
+            levels=self.schedule.steps,
+        )
+
+    def encode(self, obs: Obs) -> Cond:
+        """Environment observations -> the denoiser's condition."""
+        return self.denoiser.encode(self.obs_norm(obs))  # type: ignore[operator]
+
+    def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
+        x0 = self.act_norm(act)
+        k = torch.randint(self.schedule.steps, (len(x0),), device=x0.device)
+        eps = torch.randn_like(x0)
+        pred = self.denoiser(self.schedule.add_noise(x0, eps, k), k, self.encode(obs))
+        return masked_mse(pred, self.schedule.target(x0, eps, k), mask)
+
+    def reverse(self, x: Tensor, i: Tensor | int, cond: Cond, guide: Guide | None = None) -> tuple[Tensor, Tensor]:
+        """The Gaussian of reverse step ``i`` (an int, or one a row [N]) from ``x`` [N, H, A]: its mean and std.
+
+        The one function that sampling, scoring and guiding share.
+        """
+        pred = self.denoiser(x, self.schedule.levels[i], cond)
+        x0 = self.schedule.denoised(x, pred, i).clamp(-self.clip, self.clip)
+        if guide is not None:
+            x0 = guide(x0, i)  # type: ignore[arg-type]
+        return self.schedule.reverse(x, x0, i)
+
+    def denoise(
+        self,
+        x: Tensor,
+        cond: Cond,
+        steps: range,
+        *,
+        guide: Guide | None = None,
+        min_std: float = 0.0,
+        noise_limit: float = float("inf"),
+    ) -> Iterator[Step]:
+        """Takes reverse ``steps`` from ``x``, each with a std of at least ``min_std`` and unit noise cut at the limit."""
+        for i in steps:
+            mean, std = self.reverse(x, i, cond, guide)
+            std = std.clamp(min=min_std)
+            x = mean + std * torch.randn_like(mean).clamp(-noise_limit, noise_limit)
+            yield Step(x, mean, std)
+
+    def prior(self, n: int) -> Tensor:
+        """``n`` chunks of pure noise [N, H, A], where every chain begins."""
+        return torch.randn(n, self.horizon, self.act_dim, device=device_of(self))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        obs: Obs,
+        *,
+        guide: Guide | None = None,
+        noise: Tensor | None = None,
+        min_std: float = 0.0,
+        keep: bool = False,
+    ) -> Chain:
+        """Draws a chunk for each observation; ``noise`` [N, H, A] sets where the chain begins, ``keep`` records it."""
+        x = self.prior(len(obs)) if noise is None else noise
+        steps = range(len(self.schedule))
+        xs = [x, *(step.x for step in self.denoise(x, self.encode(obs), steps, guide=guide, min_std=min_std))]
+        return Chain(self.to_env(xs[-1]), torch.stack(xs, 1) if keep else None)
+
+    def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
+        """As an ``Actor``."""
+        return self.sample(obs).act, {}

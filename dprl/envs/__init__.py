@@ -1,0 +1,5 @@
+"""Environments: chunked stepping, vectors of them, collecting. Importing this registers dprl's own tasks."""
+
+from gymnasium import register
+
+register("dprl/Avoid-v0", entry_point="dprl.envs.avoid:AvoidEnv", max_episode_steps=100)

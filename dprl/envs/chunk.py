@@ -1,0 +1,158 @@
+"""One environment stepped a chunk of actions at a time.
+
+Letters: Ta steps of a chunk, To observed steps, O observation dim, A action dim, L steps that a chunk really ran.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+
+from dprl.envs.observe import Observe
+from dprl.errors import UserError, found
+from dprl.rewards import Transition, WeightedSum
+
+
+class Infos(Mapping):
+    """What the environment said at each step, stacked by key when a reward asks for it."""
+
+    def __init__(self, steps: list[dict[str, Any]]):
+        self.steps = steps
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return np.stack([step[key] for step in self.steps])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.steps[0])
+
+    def __len__(self) -> int:
+        return len(self.steps[0])
+
+
+class ChunkEnv(gym.Wrapper):
+    """Observes the last To observations, acts Ta actions, stops where the episode stops, and applies the reward.
+
+    ``step`` returns the chunk's summed reward and, in ``info``: ``rew`` [Ta], zero after the chunk stopped; ``length``;
+    ``success`` within the chunk; ``task_return``, the task's own reward summed; ``terms``, each reward term summed;
+    the last value of each of ``info_keys``; and ``trace`` [Ta, O] if asked for, NaN after the chunk stopped. Actions are
+    cut to the environment's bounds. After ``reset(options={"rest": True})`` a step does nothing and has length 0.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        *,
+        obs_steps: int,
+        act_steps: int,
+        observe: Observe,
+        reward: WeightedSum,
+        success_key: str | None,
+        info_keys: list[str],
+        trace: bool,
+    ):
+        super().__init__(env)
+        if not isinstance(env.action_space, spaces.Box) or len(env.action_space.shape) != 1:
+            raise found("the environment's actions", "a vector (Box) of continuous actions", env.action_space, "another task")
+        self.single_space, self.observe = observe(env.observation_space)
+        self.observation_space = batch_space(self.single_space, obs_steps)
+        low, high = env.action_space.low, env.action_space.high
+        self.low, self.high = low, high
+        self.action_space = batch_space(spaces.Box(low, high, dtype=np.float32), act_steps)
+        self.act_steps, self.reward = act_steps, reward
+        self.success_key, self.info_keys, self.trace = success_key, info_keys, trace
+        self.history: deque = deque(maxlen=obs_steps)
+        self.prev_act: np.ndarray | None = None
+        self.done = True
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        if options is not None and options.get("rest"):
+            self.done = True
+            return self._stacked(), {}
+        obs, _ = self.env.reset(seed=seed, options=options)
+        self.history.extend([self.observe(obs)] * self.history.maxlen)  # type: ignore[operator]
+        self.prev_act, self.done = None, False
+        return self._stacked(), {}
+
+    def step(self, chunk: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.done:
+            return self._stacked(), 0.0, False, False, self._info([], np.zeros((0, len(self.reward.names))), [], [])
+        acts, observed, rews, infos = [], [self.history[-1]], [], []
+        terminated = truncated = False
+        for act in np.clip(chunk, self.low, self.high):
+            obs, rew, terminated, truncated, info = self.env.step(act)
+            self.history.append(self.observe(obs))
+            acts.append(act)
+            observed.append(self.history[-1])
+            rews.append(rew)
+            infos.append(info)
+            if terminated or truncated:
+                self.done = True
+                break
+        parts = self.reward.parts(self._transition(acts, observed, rews, bool(terminated), bool(truncated), infos))
+        info = self._info(rews, parts, infos, observed[1:])
+        return self._stacked(), float(parts.sum()), bool(terminated), bool(truncated), info
+
+    def _transition(self, acts: list, observed: list, rews: list, terminated: bool, truncated: bool, infos: list) -> Transition:
+        act = np.asarray(acts)  # [L, A]
+        before = act[:1] if self.prev_act is None else self.prev_act[None]
+        self.prev_act = act[-1]
+        ends = np.zeros(len(act), bool)
+        ends[-1] = True
+        return Transition(
+            obs=self._stack(observed[:-1]),
+            act=act,
+            prev_act=np.concatenate([before, act[:-1]]),
+            next_obs=self._stack(observed[1:]),
+            rew=np.asarray(rews, np.float32),
+            terminated=ends & terminated,
+            truncated=ends & truncated,
+            info=Infos(infos),
+        )
+
+    def _info(self, rews: list, parts: np.ndarray, infos: list[dict], observed: list) -> dict[str, Any]:
+        rew = np.zeros(self.act_steps, np.float32)
+        rew[: len(parts)] = parts.sum(-1)
+        out: dict[str, Any] = dict(
+            rew=rew,
+            length=len(parts),
+            success=any(self._success(info) for info in infos),
+            task_return=float(np.sum(rews)),
+            terms=parts.sum(0),
+        )
+        for key in self.info_keys:
+            out[key] = float(infos[-1].get(key, np.nan)) if infos else np.nan
+        if self.trace:
+            out["trace"] = np.full((self.act_steps, *self.single_space.shape), np.nan, np.float32)  # type: ignore[misc]
+            if observed:
+                out["trace"][: len(observed)] = observed
+        return out
+
+    def _success(self, info: dict) -> bool:
+        if self.success_key is None:
+            return False
+        if self.success_key not in info:
+            raise found("task.env.success_key names nothing", f"a key of info: {sorted(info)}", self.success_key, "task.env.success_key=<key> or null")
+        return bool(info[self.success_key])
+
+    def _stack(self, items: list) -> Any:
+        return concatenate(self.single_space, items, create_empty_array(self.single_space, len(items)))
+
+    def _stacked(self) -> Any:
+        return self._stack(list(self.history))
+
+
+def make_one(*, id: str, kwargs: dict[str, Any], max_episode_steps: int | None, **chunk) -> ChunkEnv:
+    """Makes the gymnasium environment ``id`` (``module:Id-v0`` too) and wraps it; arguments as ``ChunkEnv``'s."""
+    import dprl.envs  # noqa: F401  registers dprl's tasks in a worker process too
+
+    try:
+        env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:
+        raise UserError(f"task.env.id={id} cannot be made: {error}\n  fix:      check the id, its package and task.env.kwargs={kwargs}") from None
+    if env.spec is None or env.spec.max_episode_steps is None:
+        raise found(f"{id} has no time limit", "an episode that ends", "no max_episode_steps", "task.env.max_episode_steps=1000")
+    return ChunkEnv(env, **chunk)

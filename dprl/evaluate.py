@@ -1,0 +1,150 @@
+"""Whole episodes on fixed seeds, and what can be said from them.
+
+Letters: E episodes, N environments.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import nn
+
+from dprl.envs.collect import to_torch
+from dprl.envs.vector import VecEnv
+from dprl.policy import device_of
+
+Z95 = float(norm.ppf(0.975))
+FINALS = 10_000  # a run's final episodes are seeded this far after those it was watched or chosen by
+
+
+@dataclass
+class Evaluation:
+    """One entry an episode, in the order of the seeds [E]. ``success`` is None where the task has no such notion."""
+
+    seeds: list[int]
+    returns: np.ndarray
+    lengths: np.ndarray
+    success: np.ndarray | None
+    info: dict[str, np.ndarray] = field(default_factory=dict)
+    traces: list[np.ndarray] = field(default_factory=list)  # [length, O] each
+
+    def score(self) -> float:
+        """What a best checkpoint is chosen by: success, ties by return; or return alone."""
+        scale = max(1.0, float(np.abs(self.returns).max()))
+        mean = float(self.returns.mean())
+        return mean if self.success is None else float(self.success.mean()) + 1e-3 * mean / scale
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """For the log."""
+        out = {f"{prefix}/return": float(self.returns.mean()), f"{prefix}/length": float(self.lengths.mean())}
+        return out if self.success is None else out | {f"{prefix}/success": float(self.success.mean())}
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        s = self.summary()
+        rate = "" if s["success"] is None else "success {:.3f} [{:.3f}, {:.3f}], ".format(s["success"], *s["success_ci95"])
+        return rate + "return {:.4g} [{:.4g}, {:.4g}], {} episodes".format(s["return"], *s["return_ci95"], s["n"])
+
+    def summary(self) -> dict[str, Any]:
+        """``success success_ci95 return return_ci95 return_std length n``."""
+        rate = None if self.success is None else float(self.success.mean())
+        return {
+            "success": rate,
+            "success_ci95": None if self.success is None else wilson(int(self.success.sum()), len(self.success)),
+            "return": float(self.returns.mean()),
+            "return_ci95": bootstrap(self.returns),
+            "return_std": float(self.returns.std()),
+            "length": float(self.lengths.mean()),
+            "n": len(self.seeds),
+        }
+
+    def modes(self, key: str) -> dict[str, Any]:
+        """How many ways the successful episodes used, by the number that ``info[key]`` gives each: count, entropy (nats)."""
+        solved = np.ones(len(self.seeds), bool) if self.success is None else self.success
+        ways, counts = np.unique(self.info[key][solved].astype(int), return_counts=True)
+        share = counts / max(1, counts.sum())
+        return {
+            "key": key,
+            "count": len(ways),
+            "entropy": float(-(share * np.log(share)).sum()),
+            "episodes": {str(way): int(count) for way, count in zip(ways, counts, strict=True)},
+        }
+
+
+def evaluate(actor: nn.Module, envs: VecEnv, seeds: Sequence[int]) -> Evaluation:
+    """Runs one whole episode for each of ``seeds``, as many at a time as there are environments.
+
+    The actor is put into ``eval`` mode and back. The sampling noise is seeded from ``seeds``, and torch's generator is
+    left as it was found: evaluating never disturbs training.
+    """
+    device = device_of(actor)
+    was_training = actor.training
+    actor.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(seeds[0])
+            return _episodes(actor, envs, list(seeds), device)
+    finally:
+        actor.train(was_training)
+
+
+def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.device) -> Evaluation:
+    n, total = envs.num_envs, len(seeds)
+    episode = np.arange(n)  # [N] which episode each environment runs; past the last it rests
+    returns, lengths, success = np.zeros(total), np.zeros(total, int), np.zeros(total, bool)
+    info = {key: np.full(total, np.nan) for key in envs.info_keys}
+    pieces: list[list[np.ndarray]] = [[] for _ in range(total)]
+    obs = envs.reset(seeds=[seeds[e] if e < total else 0 for e in episode])
+    if n > total:
+        obs = envs.reset(seeds=[0] * n, mask=episode >= total)
+        envs.rest(episode >= total)
+    following = n
+    while (episode < total).any():
+        act, _ = actor(to_torch(obs, device))
+        step = envs.step(act.cpu().numpy())
+        live = np.flatnonzero(episode < total)
+        running = episode[live]
+        returns[running] += step.task_return[live]
+        lengths[running] += step.length[live]
+        success[running] |= step.success[live]
+        if step.trace is not None:
+            for i in live:
+                pieces[episode[i]].append(step.trace[i, : step.length[i]])
+        obs = step.obs
+        ended = step.done & (episode < total)
+        for i in np.flatnonzero(ended):
+            for key in info:
+                info[key][episode[i]] = step.info[key][i]
+            episode[i], following = following, following + 1
+        again, idle = ended & (episode < total), ended & (episode >= total)
+        if idle.any():
+            envs.rest(idle)
+        if again.any():
+            obs = envs.reset(seeds=[seeds[e] if a else None for e, a in zip(episode, again, strict=True)], mask=again)
+    traces = [np.concatenate(part) for part in pieces] if pieces[0] else []
+    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces)
+
+
+def wilson(successes: int, n: int) -> list[float]:
+    """95 % interval of a success rate (Wilson, 1927)."""
+    rate, z2 = successes / n, Z95**2
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def bootstrap(values: np.ndarray, *, draws: int = 2000) -> list[float]:
+    """95 % percentile interval of a mean, from ``draws`` resamples with a fixed seed."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (draws, len(values))).mean(1)
+    return [float(q) for q in np.quantile(means, [0.025, 0.975])]
+
+
+def difference(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """Mean of ``after - before`` on the same seeds, with a paired bootstrap interval."""
+    gain = after.astype(float) - before.astype(float)
+    return {"mean": float(gain.mean()), "ci95": bootstrap(gain)}

@@ -1,0 +1,111 @@
+"""Where a run's numbers go: one line of JSON each time, always, and what ``logger=`` names besides."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+
+class Logger(Protocol):
+    """Built with ``run`` (its folder) and ``config`` (a dictionary) besides its own settings."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Nothing:
+    """``logger=none``: metrics.jsonl is all."""
+
+    def __init__(self, *, run: Path, config: Mapping[str, Any]):
+        pass
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Wandb:
+    """Weights & Biases; ``mode=offline`` needs no account and no network."""
+
+    def __init__(self, *, run: Path, config: Mapping[str, Any], project: str, mode: str):
+        import wandb
+
+        self.run = wandb.init(project=project, mode=mode, name=run.name, id=run.name, resume="allow", dir=run, config=dict(config))  # type: ignore[arg-type]
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def __init__(self, *, run: Path, config: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run / "tensorboard"))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Metrics:
+    """The live line, metrics.jsonl and the logger, fed once an iteration.
+
+    ``total`` counts in ``unit``; ``shown`` are the keys that stand on the live line. On resuming at ``step``, lines of
+    metrics.jsonl from after it are dropped: those iterations are run again. ``seconds``: the time that earlier sittings took.
+    """
+
+    def __init__(self, run: Path, logger: Logger, *, total: int, unit: str, shown: tuple[str, ...], step: int, seconds: float = 0.0):
+        self.path, self.logger, self.shown = run / "metrics.jsonl", logger, shown
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept))
+        self.file = self.path.open("a")
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total,
+            unit=unit,
+            unit_scale=True,
+            initial=0,
+            dynamic_ncols=interactive,
+            ncols=None if interactive else 110,
+            mininterval=0.2 if interactive else 15,
+            desc=run.name,
+        )
+        self.latest: dict[str, float] = {}
+        self.start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Time the run has taken, earlier sittings included."""
+        return time.perf_counter() - self.start
+
+    def log(self, metrics: Mapping[str, float], *, step: int, done: int) -> None:
+        """``step`` is the iteration; ``done`` how much of ``total`` lies behind."""
+        self.latest |= metrics
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self.file.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **finite}) + "\n")
+        self.file.flush()
+        self.logger.log(metrics, step)
+        self.bar.set_postfix({key.split("/")[-1]: f"{self.latest[key]:.3g}" for key in self.shown if key in self.latest}, refresh=False)
+        self.bar.update(min(done, self.bar.total) - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        self.logger.close()

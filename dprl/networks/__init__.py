@@ -1,0 +1,1 @@
+"""Denoisers, critics and the pieces they share."""

@@ -1,0 +1,76 @@
+"""What every policy over action chunks shares, whatever draws the chunk.
+
+Letters: N batch, H horizon (predicted steps, Tp), Ta executed steps, To observed steps, A action dim, O observation dim.
+"""
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dprl.errors import found
+from dprl.normalize import MinMax, Obs, normalizer
+
+
+class Actor(Protocol):
+    """From observations [N, To, O] to a chunk [N, Ta, A] in environment units, and what the update wants recorded.
+
+    An ``nn.Module``: ``train()`` makes it explore, ``eval()`` makes it act as well as it can.
+    """
+
+    def __call__(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class ChunkPolicy(nn.Module):
+    """Horizons and normalisers. A subclass adds ``loss(obs, act, mask)`` and ``forward``, and so is an ``Actor``."""
+
+    def __init__(self, *, obs_shape, act_dim: int, horizon: int, act_steps: int, obs_steps: int, obs_limit: float | None):
+        super().__init__()
+        for name, size in (("horizon", horizon), ("act_steps", act_steps), ("obs_steps", obs_steps)):
+            if size < 1:
+                raise found(f"policy.{name} is too small", "at least 1", size, f"policy.{name}=1 or more")
+        if obs_steps - 1 + act_steps > horizon:
+            raise found(
+                "the executed chunk does not fit into the predicted horizon",
+                f"policy.obs_steps - 1 + policy.act_steps <= policy.horizon = {horizon}",
+                f"{obs_steps} - 1 + {act_steps} = {obs_steps - 1 + act_steps}",
+                f"policy.act_steps={max(1, horizon - obs_steps + 1)} or policy.horizon={obs_steps - 1 + act_steps}",
+            )
+        self.obs_shape, self.act_dim = obs_shape, act_dim
+        self.horizon, self.act_steps, self.obs_steps = horizon, act_steps, obs_steps
+        self.obs_norm = normalizer(obs_shape, limit=obs_limit)
+        self.act_norm = MinMax(act_dim)
+
+    def fit_normalizers(self, obs: Obs, act: Tensor) -> None:
+        """Takes the ranges of the demonstrations: ``obs`` [M, O], ``act`` [M, A]."""
+        self.obs_norm.fit(obs)  # type: ignore[operator]
+        self.act_norm.fit(act)
+
+    def executed(self, x: Tensor) -> Tensor:
+        """The slice that is acted on: it begins with the action of the last observed step. [..., H, A] -> [..., Ta, A]."""
+        return x[..., self.obs_steps - 1 : self.obs_steps - 1 + self.act_steps, :]
+
+    def to_env(self, x: Tensor) -> Tensor:
+        """A normalised chunk [N, H, A] as executed, in environment units: [N, Ta, A]."""
+        return self.act_norm.inverse(self.executed(x))
+
+    def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
+        """Cloning loss on ``obs`` [N, To, O], ``act`` [N, H, A], ``mask`` [N, H] (true where the step exists)."""
+        raise NotImplementedError
+
+
+def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the steps that exist. ``pred``, ``target`` [N, H, A], ``mask`` [N, H]."""
+    error = (pred - target).square().mean(-1)  # [N, H]
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def frozen(policy: nn.Module) -> nn.Module:
+    """A copy that nothing trains."""
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are."""
+    return next(module.parameters()).device

@@ -1,0 +1,129 @@
+"""What a reader sees of runs: tables, and figures. Results come from ``result.json`` alone."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dprl.evaluate import Evaluation
+from dprl.files import replacing
+
+Draw = Callable[[Any, Evaluation], None]  # a matplotlib axis and what to draw on it
+BC, TUNED = "#8a8f98", "#1f6fb4"
+
+
+def interval(value: float | None, ci: Sequence[float] | None, *, scale: float = 1.0, digits: int = 1) -> str:
+    """``value [low, high]``, or a dash."""
+    if value is None or ci is None:
+        return "-"
+    return f"{scale * value:.{digits}f} [{scale * ci[0]:.{digits}f}, {scale * ci[1]:.{digits}f}]"
+
+
+def side_row(name: str, side: dict[str, Any], *, env_steps: int | None, seconds: float | None) -> list[str]:
+    """A policy's row: name, success in per cent, return, ways, episodes, env steps, minutes."""
+    digits = 2 if abs(side["return"]) < 10 else 0
+    return [
+        name,
+        interval(side["success"], side["success_ci95"], scale=100),
+        interval(side["return"], side["return_ci95"], digits=digits),
+        str(side["modes"]["count"]) if "modes" in side else "-",
+        str(side["n"]),
+        "-" if env_steps is None else f"{env_steps:,}",
+        "-" if seconds is None else f"{seconds / 60:.1f}",
+    ]
+
+
+COLUMNS = ["policy", "success %, 95 % CI", "return, 95 % CI", "ways", "episodes", "env steps", "minutes"]
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """A run's rows: its BC, if it has one, and its tuned policy, if it has one."""
+    name = f"{result['task']} {result['algo']} seed {result['seed']}"
+    tuned = "tuned" in result
+    out = [side_row(f"{name}: BC" if tuned else name, result["bc"], env_steps=None if tuned else 0, seconds=None if tuned else result["train_seconds"])]
+    if tuned:
+        out.append(side_row(f"{name}: tuned", result["tuned"], env_steps=result["env_steps"], seconds=result["train_seconds"]))
+    return out
+
+
+def markdown(lines: Iterable[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
+    """A Markdown table that reads well as plain text too."""
+    table = [list(columns), *map(list, lines)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
+    return "\n".join([line(table[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, table[1:])]) + "\n"
+
+
+def write_comparison(folder: Path, result: dict[str, Any], before: Evaluation, after: Evaluation, draw: Draw | None) -> None:
+    """``comparison.md`` and ``comparison.png`` of a run; prints the table and where both are."""
+    table = markdown(rows(result))
+    with replacing(folder / "comparison.md") as path:
+        path.write_text(table)
+    figure = before_and_after(before, after, draw or returns)
+    save(figure, folder / "comparison.png")
+    print(f"\n{table}\ntable:  {folder / 'comparison.md'}\nfigure: {folder / 'comparison.png'}")
+
+
+def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
+    """Two panels with the same axes."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
+    for axis, evaluation, name, colour in ((axes[0], before, "BC", BC), (axes[1], after, "tuned", TUNED)):
+        draw(axis, evaluation)
+        axis.set_title(f"{name}: {evaluation.describe()}", fontsize=9, color="black" if colour else None)
+    return figure
+
+
+def returns(axis: Any, evaluation: Evaluation) -> None:
+    """A histogram of episode returns."""
+    axis.hist(evaluation.returns, bins=20, color=TUNED)
+    axis.set(xlabel="return of an episode", ylabel="episodes")
+
+
+def paths(axis: Any, evaluation: Evaluation, *, columns: list[int], field: Callable[[Any], None], most: int = 100) -> None:
+    """Paths in the plane of two ``columns`` of the observation, over ``field``: solved ones blue, others red."""
+    field(axis)
+    solved = np.ones(len(evaluation.seeds), bool) if evaluation.success is None else evaluation.success
+    for trace, success in list(zip(evaluation.traces, solved, strict=True))[:most]:
+        x, y = trace[:, columns].T
+        axis.plot(x, y, color=TUNED if success else "#d1495b", lw=0.7, alpha=0.55)
+        axis.plot(x[-1], y[-1], ".", color=TUNED if success else "#d1495b", ms=3)
+
+
+def curves(runs: dict[str, list[dict[str, Any]]], key: str) -> Any:
+    """``key`` of metrics.jsonl against environment steps and against minutes, a line a run."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for name, lines in runs.items():
+        points = [(line.get("env_steps") or 0, line["seconds"] / 60, line[key]) for line in lines if line.get(key) is not None]
+        if not points:
+            continue
+        steps, minutes, values = zip(*points, strict=True)
+        axes[0].plot(steps, values, marker=".", label=name)
+        axes[1].plot(minutes, values, marker=".", label=name)
+    axes[0].set(xlabel="environment steps", ylabel=key.replace("/", " "))
+    axes[1].set(xlabel="minutes")
+    axes[1].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    _pyplot().close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

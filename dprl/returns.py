@@ -1,0 +1,55 @@
+"""Discounting of chunks, and the running scale of returns.
+
+Letters: T chunks, N environments, Ta steps of a chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def chunk_rewards(rew: Tensor, gamma: float) -> Tensor:
+    """sum_t gamma^t r_t inside each chunk: ``rew`` [..., Ta] -> [...]."""
+    return rew @ (gamma ** torch.arange(rew.shape[-1], device=rew.device, dtype=rew.dtype))
+
+
+def discounts(length: Tensor, gamma: float) -> Tensor:
+    """gamma^length: what the value after a chunk of ``length`` steps is worth before it."""
+    return gamma ** length.float()
+
+
+class ReturnScale:
+    """Divides rewards by the standard deviation of the discounted return so far, over all environments."""
+
+    def __init__(self, gamma: float):
+        self.gamma = gamma
+        self.running: Tensor | None = None  # [N] each environment's discounted return
+        self.count, self.mean, self.square = 0, 0.0, 0.0
+
+    def __call__(self, rew: Tensor, discount: Tensor, done: Tensor) -> Tensor:
+        """Takes ``rew``, ``discount`` and ``done`` [T, N] into account, and returns ``rew`` scaled."""
+        running = torch.zeros_like(rew[0]) if self.running is None else self.running.to(rew)
+        seen = []
+        for t in range(len(rew)):
+            running = running * discount[t] + rew[t]
+            seen.append(running)
+            running = running * ~done[t]
+        self.running = running
+        self._add(torch.stack(seen).double())
+        return rew / max(1e-4, (self.square / self.count) ** 0.5)
+
+    def _add(self, values: Tensor) -> None:
+        """Chan et al. (1979): merges the mean and the sum of squared deviations of a batch."""
+        n, mean = values.numel(), float(values.mean())
+        square = float((values - mean).square().sum())
+        total, gap = self.count + n, mean - self.mean
+        self.square += square + gap**2 * self.count * n / total
+        self.mean += gap * n / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"running": self.running, "count": self.count, "mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.running, self.count, self.mean, self.square = (state[key] for key in ("running", "count", "mean", "square"))

@@ -1,0 +1,133 @@
+"""Rewards: pure functions of transitions, summed by weight. They reward the environment and relabel logged data alike.
+
+Write one as a function in any module that can be imported, and name it in a config:
+
+    def near_goal(t: Transition, *, scale: float) -> np.ndarray:
+        return -scale * np.linalg.norm(t.next_obs[..., :2], axis=-1)
+
+    python finetune.py algo=dppo +reward.terms.near_goal._target_=my_module.near_goal \
+        +reward.terms.near_goal.scale=0.1 +reward.terms.near_goal.weight=1.0
+
+Letters: L steps, O observation dim, A action dim.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from dprl.errors import UserError, found
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Steps of an episode, in environment units, in one array a field: ``[L]`` or ``[L, size]``.
+
+    ``prev_act`` is the action before, or the same action on an episode's first step. ``rew`` is the task's own reward.
+    ``info`` maps a key to what the environment said of each step; None for logged data.
+    """
+
+    obs: Any
+    act: np.ndarray
+    prev_act: np.ndarray
+    next_obs: Any
+    rew: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    info: Mapping[str, np.ndarray] | None
+
+
+class Reward(Protocol):
+    """Pure, and broadcasts: a reward for each of the L steps."""
+
+    def __call__(self, transition: Transition) -> np.ndarray: ...
+
+
+def task(t: Transition) -> np.ndarray:
+    """The task's own reward."""
+    return t.rew
+
+
+def smoothness(t: Transition, *, scale: float) -> np.ndarray:
+    """Minus the mean squared change of action; ``scale`` is the change, in action units, that costs 1."""
+    return -np.square((t.act - t.prev_act) / scale).mean(-1)
+
+
+def clearance(t: Transition, *, distance: Callable[[np.ndarray], np.ndarray], columns: list[int], margin: float) -> np.ndarray:
+    """Nothing when further than ``margin`` from the nearest obstacle, falling to -1 at contact.
+
+    ``distance`` maps positions [L, len(columns)], taken from these columns of the observation, to metres.
+    """
+    return -np.clip(1 - distance(t.next_obs[..., columns]) / margin, 0, 1)
+
+
+class WeightedSum:
+    """Named terms and their weights. ``parts`` gives every term's weighted share, [L, terms], in order of ``names``."""
+
+    def __init__(self, terms: Mapping[str, tuple[float, Reward]]):
+        if not terms:
+            raise UserError("reward.terms is empty: name at least one term, such as reward=task")
+        self.names = tuple(terms)
+        self.weights = tuple(float(weight) for weight, _ in terms.values())
+        self.functions = tuple(function for _, function in terms.values())
+
+    def parts(self, transition: Transition) -> np.ndarray:
+        steps = len(transition.rew)
+        out = np.empty((steps, len(self.names)), np.float32)
+        for column, (name, weight, function) in enumerate(zip(self.names, self.weights, self.functions, strict=True)):
+            try:
+                value = np.asarray(function(transition))
+            except Exception as error:
+                raise UserError(f"reward term '{name}' failed: {type(error).__name__}: {error}") from error
+            if value.shape != (steps,):
+                raise found(
+                    f"reward term '{name}' returned the wrong shape",
+                    f"[{steps}]: one number a step",
+                    list(value.shape),
+                    "reduce over the last axis only, e.g. .mean(-1)",
+                )
+            out[:, column] = weight * value
+        return out
+
+    def __call__(self, transition: Transition) -> np.ndarray:
+        return self.parts(transition).sum(-1)
+
+
+def from_config(terms: Mapping[str, Mapping[str, Any]]) -> WeightedSum:
+    """Builds the sum from ``{name: {_target_, weight, **parameters}}``; a ``UserError`` names the term that cannot be."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    built = {}
+    for name, term in terms.items():
+        term = dict(term)
+        where = f"reward.terms.{name}"
+        if "_target_" not in term or "weight" not in term:
+            raise found(f"{where} is incomplete", "_target_ (a function) and weight", sorted(map(str, term)), f"+{where}.weight=1.0")
+        weight = term.pop("weight")
+        try:
+            function = instantiate({**term, "_partial_": True, "_convert_": "all"})
+        except InstantiationException as error:
+            raise found(
+                f"{where}._target_ cannot be imported", "module.function, on the Python path", term["_target_"], str(error).splitlines()[-1]
+            ) from None
+        _check_signature(where, function, [key for key in term if not key.startswith("_")])
+        built[name] = (weight, function)
+    return WeightedSum(built)
+
+
+def _check_signature(where: str, function: Any, given: list[str]) -> None:
+    """That ``function`` can be called with one transition, given its parameters."""
+    try:
+        inspect.signature(function.func).bind(None, **dict.fromkeys(given))
+    except TypeError as error:
+        raise found(
+            f"{where}: the function has another signature",
+            f"f(transition, *, {', '.join(given) or '...'}) -> one number a step",
+            f"{function.func.__name__}{inspect.signature(function.func)}: {error}",
+            f"change the function, or the parameters under {where}",
+        ) from None
+    except ValueError:  # a builtin without a signature: it is tried on the first transition instead
+        return

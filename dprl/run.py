@@ -1,0 +1,120 @@
+"""A run's folder, from its first line to its last: made once, refused if it exists, resumed on request."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dprl import checkpoint
+from dprl.errors import UserError, found
+from dprl.files import read_json, write_json
+
+UNSAVED = ("resume", "debug")  # keys that say how to run, not what
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values, without the keys that say how to run it."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    return {key: value for key, value in values.items() if key not in UNSAVED}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that nothing has been written of yet: its folder, the config to go by, the step to resume at or None."""
+
+    folder: Path
+    cfg: DictConfig
+    step: int | None
+
+    def begin(self) -> None:
+        """Makes the folder, with the config in it, unless the run is resumed."""
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            write_json(self.folder / "config.json", plain(self.cfg))
+
+
+def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
+    """Decides what to run, and refuses a folder that holds another run.
+
+    ``resume=<folder>`` goes on with the config saved there and takes no other settings; ``resume=auto`` starts the run,
+    or goes on with it if its folder exists and was made by the same settings.
+    """
+    if cfg.resume not in (None, "auto"):
+        folder = Path(cfg.resume)
+        others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in UNSAVED]
+        if others:
+            raise found("resume= goes on with the run's own settings", "no other settings", " ".join(others), "drop them, or start a new run: out=runs/<name>")
+        if not (folder / "config.json").is_file():
+            raise found("nothing to resume", "a run's folder", f"no config.json in {folder}", "resume=runs/<run>")
+        saved = read_json(folder / "config.json") | {key: cfg[key] for key in UNSAVED}
+        return Planned(folder, OmegaConf.create(saved), _last(folder))
+    folder = Path(cfg.out)
+    if folder.exists():
+        if cfg.resume is None:
+            raise found(f"{folder} exists", "a new folder for a new run", "an earlier run", f"resume={folder} to go on with it, or out=runs/<another name>")
+        if (folder / "config.json").is_file():
+            _compare(folder, read_json(folder / "config.json"), plain(cfg))
+        return Planned(folder, cfg, _last(folder))
+    return Planned(folder, cfg, None)
+
+
+def prepare(cfg: DictConfig) -> torch.device:
+    """Seeds everything, sets torch's threads and picks the device."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    torch.manual_seed(cfg.seed)
+    return pick_device(cfg.device)
+
+
+def _last(folder: Path) -> int | None:
+    taken = checkpoint.steps(folder)
+    return taken[-1] if taken else None
+
+
+def _compare(folder: Path, saved: dict, given: dict) -> None:
+    def flat(value: Any, key: str = "") -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}" if key else name).items()}
+        return {key: value}
+
+    before, now = flat(saved), flat(given)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        key = changed[0]
+        raise found(
+            f"resume=auto: {folder} was made with other settings ({', '.join(changed[:5])})",
+            f"{key}={before.get(key)}, as saved",
+            f"{key}={now.get(key)}",
+            "drop the change, or start a new run: out=runs/<name>",
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} cannot be used: {str(error).splitlines()[0]}\n  fix:      device=auto") from None
+    return device
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """Torch's generators, which are all that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Undoes what was drawn since ``rng_state``."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,17 @@
+"""What a result was made with."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("dprl", "torch", "gymnasium", "mujoco", "torchrl", "tensordict", "numpy", "hydra-core")
+
+
+def versions() -> dict[str, str]:
+    """Package and Python versions; a package that is not installed is left out."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out

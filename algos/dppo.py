@@ -35,11 +35,21 @@ class ChainActor(nn.Module):
     def __init__(self, *, policy: nn.Module, tuned_steps: int, min_std: float, noise_limit: float):
         super().__init__()
         if not isinstance(policy, DiffusionPolicy):
-            raise found("dppo tunes a diffusion policy", "policy_from= a run of pretrain.py", type(policy).__name__, "policy_from=runs/<task>-bc-<seed>")
+            raise found(
+                "dppo tunes a diffusion policy",
+                "policy_from= a run of pretrain.py",
+                type(policy).__name__,
+                "policy_from=runs/<task>-bc-<seed>",
+            )
         steps = len(policy.schedule)
         if not 1 <= tuned_steps <= steps:
-            raise found("algo.actor.tuned_steps is out of range", f"1 to {steps}, the policy's reverse steps", tuned_steps, f"algo.actor.tuned_steps={min(10, steps)}")
-        self.base: DiffusionPolicy = frozen(policy)  # type: ignore[assignment]
+            raise found(
+                "algo.actor.tuned_steps is out of range",
+                f"1 to {steps}, the policy's reverse steps",
+                tuned_steps,
+                f"algo.actor.tuned_steps={min(10, steps)}",
+            )
+        self.base = frozen(policy)
         self.tuned = policy
         self.first = steps - tuned_steps
         self.min_std, self.noise_limit = min_std, noise_limit
@@ -58,7 +68,7 @@ class ChainActor(nn.Module):
 
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
         x = self.start(obs)
-        explore = dict(min_std=self.min_std, noise_limit=self.noise_limit) if self.training else {}
+        explore: dict[str, Any] = dict(min_std=self.min_std, noise_limit=self.noise_limit) if self.training else {}
         steps = list(self.tuned.denoise(x, self.tuned.encode(obs), range(self.first, len(self.tuned.schedule)), **explore))
         act = self.tuned.to_env(steps[-1].x)
         if not self.training:
@@ -159,7 +169,9 @@ class DPPO:
         lr_warmup: float,
         weight_decay: float,
         critic_warmup: int,
+        min_std_final: float,
         scale_rewards: bool,
+        normalize_advantages: bool,
         bc_weight: float,
     ):
         for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
@@ -181,7 +193,9 @@ class DPPO:
             self.actor_optimizer: dict(lr=actor_lr, final=actor_lr_final, warmup=lr_warmup),
             self.critic_optimizer: dict(lr=critic_lr, final=critic_lr_final, warmup=lr_warmup),
         }
+        self.min_std = (self.actor.min_std, min_std_final)
         self.critic_warmup, self.bc_weight = critic_warmup, bc_weight
+        self.normalize_advantages = normalize_advantages
         self.scale = ReturnScale(gamma) if scale_rewards else None
         self.iteration = 0
 
@@ -195,8 +209,10 @@ class DPPO:
 
     def train(self, collect: Collect) -> Iterator[dict[str, float]]:
         while not self._spent(collect):
+            progress = min(1.0, (collect.env_steps + 1) / self.env_steps)
             for optimizer, rate in self.rates.items():
-                set_lr(optimizer, warmup_cosine((collect.env_steps + 1) / self.env_steps, **rate))
+                set_lr(optimizer, warmup_cosine(progress, **rate))
+            self.actor.min_std = self.min_std[0] + (self.min_std[1] - self.min_std[0]) * progress
             self.actor.train()
             rollout = collect(self.actor, self.chunks)
             batch, metrics = self.advantages(rollout)
@@ -211,7 +227,7 @@ class DPPO:
     @torch.no_grad()
     def advantages(self, rollout: Rollout) -> tuple[TensorDict, dict[str, float]]:
         """GAE over chunks; a batch of M states: obs, chain, logp, value, adv and target (the value's)."""
-        t, n = rollout.batch_size
+        t, n = rollout.length.shape
         terminated, done = rollout.terminated, rollout.terminated | rollout.truncated
         values = self.value(torch.cat([rollout.obs, rollout.next_obs[-1:]]).flatten(0, 1)).view(t + 1, n)
         value, next_value = values[:-1], values[1:].clone()
@@ -233,7 +249,13 @@ class DPPO:
             )
         )
         batch = TensorDict(
-            obs=rollout.obs, chain=rollout.extra["chain"], logp=rollout.extra["logp"], value=value, adv=adv, target=target, batch_size=[t, n]
+            obs=rollout.obs,
+            chain=rollout.extra["chain"],
+            logp=rollout.extra["logp"],
+            value=value,
+            adv=adv,
+            target=target,
+            batch_size=[t, n],
         )
         explained = 1 - (target - value).var() / target.var().clamp(min=1e-8)
         return batch.flatten(), {"explained_variance": float(explained), "value": float(value.mean())}
@@ -264,7 +286,8 @@ class DPPO:
         if warm:
             return metrics
         adv = rows["adv"]
-        adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
+        if self.normalize_advantages:
+            adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
         logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
         loss, parts = policy_loss(logp, rows["logp"], adv[:, None] * self.discount, self.clip)
         if self.bc_weight:

@@ -28,7 +28,7 @@ FORMAT = 1
 class Loaded:
     """An actor as it was saved. ``node`` builds it again, and nests into the node of an actor that wraps it."""
 
-    actor: nn.Module
+    actor: Any  # a ChunkPolicy, or an actor around one
     node: dict[str, Any]
     task: str
     path: Path
@@ -80,7 +80,12 @@ def resolve(path: str | Path) -> Path:
         return path
     taken = steps(path)
     if not taken:
-        raise found("no checkpoint", "a run's folder, or a checkpoint's", f"nothing to load at {path}", "python pretrain.py, or policy_from=runs/<run>")
+        raise found(
+            "no checkpoint",
+            "a run's folder, or a checkpoint's",
+            f"nothing to load at {path}",
+            "python pretrain.py, or policy_from=runs/<run>",
+        )
     best = best_step(path)
     return at(path, taken[-1] if best is None else best)
 

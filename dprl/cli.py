@@ -26,7 +26,7 @@ def main(config_name: str, program: Callable[[DictConfig, list[str]], None]) -> 
 
     A mistake ends the process with status 2 and its message, without a traceback unless ``debug=true``.
     """
-    sys.path.insert(0, os.getcwd())  # so that a user's own rewards and tasks can be named from anywhere
+    sys.path.insert(0, str(Path.cwd()))  # so that a user's own rewards and tasks can be named from anywhere
     os.environ["HYDRA_FULL_ERROR"] = "1"  # our own handler below prints less, not Hydra's
     _check_overrides(config_name)
 
@@ -61,10 +61,10 @@ def _check_overrides(config_name: str) -> None:
         except Exception as error:
             if "debug=true" in overrides:
                 raise
-            _fail(f"{error}{_suggest(str(error.__cause__ or error), config_name, overrides)}")
+            _fail(f"{error}{_suggest(config_name, overrides)}")
 
 
-def _suggest(message: str, config_name: str, overrides: list[str]) -> str:
+def _suggest(config_name: str, overrides: list[str]) -> str:
     """The keys or groups that a misspelt override may have meant."""
     known: list[str] = []
     for kept in ([o for o in overrides if o.split("=")[0] in ("task", "algo", "policy", "reward", "data", "logger")], []):
@@ -79,8 +79,9 @@ def _suggest(message: str, config_name: str, overrides: list[str]) -> str:
         if key in known:
             continue
         close = difflib.get_close_matches(key, known, 3, 0.6)
-        if close and key in message.replace("'", " ").split() + [override.split("=")[0]]:
-            return f"\n  found:    {override}\n  expected: a key such as {', '.join(close)}\n  fix:      spell it so, or +{key}=... to add a new key"
+        if close:
+            expected = f"a key such as {', '.join(close)}"
+            return f"\n  found:    {override}\n  expected: {expected}\n  fix:      spell it so, or +{key}=... to add a new key"
     return ""
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dprl import checkpoint, run, setup
@@ -93,19 +93,21 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     cfg, folder = planned.cfg, planned.folder
     device = run.prepare(cfg)
     episodes: Episodes = setup.construct(cfg.data, "data")
-    with open_dict(cfg):
-        cfg.policy.obs_shape, cfg.policy.act_dim = list(episodes.obs.shape[1:]), episodes.act.shape[-1]
+    sizes = {"obs_shape": list(episodes.obs.shape[1:]), "act_dim": episodes.act.shape[-1]}
+    node: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"policy": sizes}).policy, resolve=True)
     kept, held = episodes.split(cfg.train.validation, cfg.seed)
-    policy: ChunkPolicy = setup.construct(cfg.policy, "policy").to(device)
+    policy: ChunkPolicy = setup.construct(node, "policy").to(device)
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=episodes.source)
     cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
-    held_windows = held and Windows(held, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device)
+    held_windows = Windows(held, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device) if held else None
     planned.begin()
+    seconds = 0.0
     if planned.step is not None:
-        cloner.load_state_dict(checkpoint.load_trainer(checkpoint.at(folder, planned.step)))
+        trainer = checkpoint.load_trainer(checkpoint.at(folder, planned.step))
+        cloner.load_state_dict(trainer)
+        seconds = trainer["seconds"]
 
-    node = OmegaConf.to_container(cfg.policy, resolve=True)
     metrics = Metrics(
         folder,
         setup.logger(cfg, folder),
@@ -113,6 +115,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
         unit="step",
         shown=("loss", "validation/loss", "evaluation/success", "evaluation/return"),
         step=cloner.step,
+        done=cloner.step,
+        seconds=seconds,
     )
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{len(kept)} episodes, {len(cloner.windows)} steps from {episodes.source}; {parameters:,} parameters, {device}")

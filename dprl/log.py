@@ -67,10 +67,12 @@ class Metrics:
     """The live line, metrics.jsonl and the logger, fed once an iteration.
 
     ``total`` counts in ``unit``; ``shown`` are the keys that stand on the live line. On resuming at ``step``, lines of
-    metrics.jsonl from after it are dropped: those iterations are run again. ``seconds``: the time that earlier sittings took.
+    metrics.jsonl from after it are dropped: those iterations are run again. ``done`` and ``seconds``: what earlier sittings did and took.
     """
 
-    def __init__(self, run: Path, logger: Logger, *, total: int, unit: str, shown: tuple[str, ...], step: int, seconds: float = 0.0):
+    def __init__(
+        self, run: Path, logger: Logger, *, total: int, unit: str, shown: tuple[str, ...], step: int, done: int = 0, seconds: float = 0.0
+    ):
         self.path, self.logger, self.shown = run / "metrics.jsonl", logger, shown
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -81,7 +83,7 @@ class Metrics:
             total=total,
             unit=unit,
             unit_scale=True,
-            initial=0,
+            initial=done,
             dynamic_ncols=interactive,
             ncols=None if interactive else 110,
             mininterval=0.2 if interactive else 15,

@@ -35,6 +35,6 @@ def ema(model: nn.Module, decay: float) -> AveragedModel:
 
     def average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
         count = int(n)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))  # type: ignore[attr-defined]
 
     return AveragedModel(model, multi_avg_fn=average)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ Letters: N batch, H horizon (predicted steps, Tp), Ta executed steps, To observe
 """
 
 import copy
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,10 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
-def frozen(policy: nn.Module) -> nn.Module:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def frozen(policy: Module) -> Module:
     """A copy that nothing trains."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
 

@@ -41,7 +41,14 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
     """A run's rows: its BC, if it has one, and its tuned policy, if it has one."""
     name = f"{result['task']} {result['algo']} seed {result['seed']}"
     tuned = "tuned" in result
-    out = [side_row(f"{name}: BC" if tuned else name, result["bc"], env_steps=None if tuned else 0, seconds=None if tuned else result["train_seconds"])]
+    out = [
+        side_row(
+            f"{name}: BC" if tuned else name,
+            result["bc"],
+            env_steps=None if tuned else 0,
+            seconds=None if tuned else result["train_seconds"],
+        )
+    ]
     if tuned:
         out.append(side_row(f"{name}: tuned", result["tuned"], env_steps=result["env_steps"], seconds=result["train_seconds"]))
     return out

@@ -42,7 +42,7 @@ class Transition:
 class Reward(Protocol):
     """Pure, and broadcasts: a reward for each of the L steps."""
 
-    def __call__(self, transition: Transition) -> np.ndarray: ...
+    def __call__(self, t: Transition, /) -> np.ndarray: ...
 
 
 def task(t: Transition) -> np.ndarray:
@@ -93,6 +93,9 @@ class WeightedSum:
 
     def __call__(self, transition: Transition) -> np.ndarray:
         return self.parts(transition).sum(-1)
+
+
+TASK_ONLY = WeightedSum({"task": (1.0, task)})
 
 
 def from_config(terms: Mapping[str, Mapping[str, Any]]) -> WeightedSum:

@@ -47,15 +47,25 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
         folder = Path(cfg.resume)
         others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in UNSAVED]
         if others:
-            raise found("resume= goes on with the run's own settings", "no other settings", " ".join(others), "drop them, or start a new run: out=runs/<name>")
+            raise found(
+                "resume= goes on with the run's own settings",
+                "no other settings",
+                " ".join(others),
+                "drop them, or start a new run: out=runs/<name>",
+            )
         if not (folder / "config.json").is_file():
             raise found("nothing to resume", "a run's folder", f"no config.json in {folder}", "resume=runs/<run>")
         saved = read_json(folder / "config.json") | {key: cfg[key] for key in UNSAVED}
-        return Planned(folder, OmegaConf.create(saved), _last(folder))
+        return Planned(folder, DictConfig(saved), _last(folder))
     folder = Path(cfg.out)
     if folder.exists():
         if cfg.resume is None:
-            raise found(f"{folder} exists", "a new folder for a new run", "an earlier run", f"resume={folder} to go on with it, or out=runs/<another name>")
+            raise found(
+                f"{folder} exists",
+                "a new folder for a new run",
+                "an earlier run",
+                f"resume={folder} to go on with it, or out=runs/<another name>",
+            )
         if (folder / "config.json").is_file():
             _compare(folder, read_json(folder / "config.json"), plain(cfg))
         return Planned(folder, cfg, _last(folder))
@@ -67,7 +77,7 @@ def prepare(cfg: DictConfig) -> torch.device:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     random.seed(cfg.seed)
-    np.random.seed(cfg.seed % 2**32)
+    np.random.seed(cfg.seed % 2**32)  # noqa: NPY002  dprl draws from torch alone; this is for the code of users
     torch.manual_seed(cfg.seed)
     return pick_device(cfg.device)
 

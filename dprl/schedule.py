@@ -34,7 +34,7 @@ def betas(kind: Kind, steps: int) -> Tensor:
     elif kind == "vp":
         beta = 1 - torch.exp(-0.1 / steps - 0.5 * 9.9 * (2 * k - 1) / steps**2)
     else:
-        raise ValueError(f"schedule.kind is {kind!r}; expected cosine, linear or vp")
+        raise ValueError(f"policy.schedule.kind is {kind!r}; expected cosine, linear or vp")
     return beta.clamp(max=LARGEST_BETA)
 
 
@@ -51,17 +51,20 @@ class Schedule(nn.Module):
         super().__init__()
         taken = steps if sample_steps is None else sample_steps
         if not 1 <= taken <= steps:
-            raise ValueError(f"schedule.sample_steps is {taken}; expected 1 to schedule.steps = {steps}")
+            raise ValueError(f"policy.schedule.sample_steps is {taken}; expected 1 to policy.schedule.steps = {steps}")
         self.steps = steps
         alpha_bar = torch.cumprod(1 - betas(kind, steps), 0)
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         zero, one = torch.zeros_like(signal), torch.ones_like(signal)
         # clean chunk = a x_k + b prediction; the prediction's target = c clean chunk + d noise; by level k
-        a, b, c, d = {
+        predictions = {
             "noise": (1 / signal, -noise / signal, zero, one),
             "clean": (zero, one, one, zero),
             "v": (signal, -noise, -noise, signal),
-        }[predict]
+        }
+        if predict not in predictions:
+            raise ValueError(f"policy.predict is {predict!r}; expected {', '.join(predictions)}")
+        a, b, c, d = predictions[predict]
 
         levels = (steps - torch.arange(taken, dtype=torch.float64) * (steps / taken)).round().long() - 1
         here, before = alpha_bar[levels], torch.cat([alpha_bar[levels[1:]], one[:1]])

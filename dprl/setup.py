@@ -7,12 +7,12 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from dprl import rewards
 from dprl.envs.vector import VecEnv
 from dprl.errors import UserError
 from dprl.log import Logger
+from dprl.policy import ChunkPolicy
+from dprl.rewards import TASK_ONLY, WeightedSum, from_config
 
 
 def construct(node: Any, what: str, **arguments: Any) -> Any:
@@ -29,20 +29,17 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
         raise UserError(f"{what} cannot be built: {error}") from error
 
 
-def environments(cfg: DictConfig, policy: nn.Module, *, num_envs: int, reward: str | None = None, trace: bool = False) -> VecEnv:
-    """The task's environments, chunked as ``policy`` wants; rewarded by ``cfg.reward``, or by the task alone."""
-    terms = OmegaConf.to_container(cfg.reward.terms, resolve=True) if reward else {"task": {"_target_": "dprl.rewards.task", "weight": 1.0}}
+def environments(cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, reward: WeightedSum = TASK_ONLY, trace: bool = False) -> VecEnv:
+    """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``."""
     make: Callable[..., VecEnv] = construct(cfg.task.env, "task.env")
-    return make(
-        num_envs=num_envs,
-        obs_steps=policy.obs_steps,
-        act_steps=policy.act_steps,
-        reward=rewards.from_config(terms),  # type: ignore[arg-type]
-        trace=trace,
-    )
+    return make(num_envs=num_envs, obs_steps=policy.obs_steps, act_steps=policy.act_steps, reward=reward, trace=trace)
+
+
+def reward(cfg: DictConfig) -> WeightedSum:
+    """The reward that ``reward=`` names."""
+    return from_config(OmegaConf.to_container(cfg.reward.terms, resolve=True))  # type: ignore[arg-type]
 
 
 def logger(cfg: DictConfig, run: Path) -> Logger:
     """What ``logger=`` names."""
     return construct(cfg.logger, "logger", run=run, config=OmegaConf.to_container(cfg, resolve=True))
-

@@ -86,7 +86,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     if start.task != cfg.task.name:
         raise found(f"{start.path} was made for another task", cfg.task.name, start.task, f"task={start.task}, or another policy_from=")
     policy = start.actor
-    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=True)
+    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=setup.reward(cfg))
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, trace=cfg.task.plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
     collector = Collector(train_envs, device=device)
@@ -100,7 +100,16 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
 
     seconds = 0.0 if planned.step is None else tuner.resume(planned.step)
     shown = ("train/success", "train/return", "validation/success", "validation/return", "kl")
-    metrics = Metrics(folder, setup.logger(cfg, folder), total=100, unit="%", shown=shown, step=tuner.iteration, seconds=seconds)
+    metrics = Metrics(
+        folder,
+        setup.logger(cfg, folder),
+        total=100,
+        unit="%",
+        shown=shown,
+        step=tuner.iteration,
+        done=int(100 * algo.progress(collector)),
+        seconds=seconds,
+    )
     if planned.step is None:
         first = before.metrics("validation") | {"env_steps": 0.0}
         metrics.log(first, step=0, done=0)
@@ -149,4 +158,3 @@ def comparison(cfg: DictConfig, tuner: Tuner, before: Evaluation, after: Evaluat
         "config": run.plain(cfg),
         "versions": versions(),
     }
-

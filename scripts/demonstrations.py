@@ -1,7 +1,7 @@
 """Writes demonstrations by a task's scripted expert.
 
-    python scripts/demonstrations.py                        # -> data/avoid-0.hdf5
-    python scripts/demonstrations.py task=avoid episodes=50 seed=1 out=data/fifty.hdf5
+python scripts/demonstrations.py                        # -> data/avoid-0.hdf5
+python scripts/demonstrations.py task=avoid episodes=50 seed=1 out=data/fifty.hdf5
 """
 
 from dprl import cli

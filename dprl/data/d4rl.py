@@ -38,7 +38,12 @@ def _read(file: h5py.File, source: str) -> Episodes:
     obs = _array(file, "observations", source, np.float32, 2)
     steps = len(act)
     arrays = {"observations": obs}
-    for key, dtype, dims in (("rewards", np.float32, 1), ("terminals", bool, 1), ("timeouts", bool, 1), ("next_observations", np.float32, 2)):
+    for key, dtype, dims in (
+        ("rewards", np.float32, 1),
+        ("terminals", bool, 1),
+        ("timeouts", bool, 1),
+        ("next_observations", np.float32, 2),
+    ):
         if key in file:
             arrays[key] = _array(file, key, source, dtype, dims)
     for key, value in arrays.items():
@@ -71,7 +76,9 @@ def _array(file: h5py.File, key: str, source: str, dtype, dims: int) -> np.ndarr
     if dims == 1 and data.ndim == 2 and data.shape[1] == 1:
         return data[:, 0].astype(dtype)
     if data.ndim != dims:
-        raise found(f"{source}: '{key}' has the wrong shape", f"{dims} dimensions", data.shape, "repair the file, or use another reader: data=...")
+        raise found(
+            f"{source}: '{key}' has the wrong shape", f"{dims} dimensions", data.shape, "repair the file, or use another reader: data=..."
+        )
     return data[()].astype(dtype)
 
 

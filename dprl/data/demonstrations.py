@@ -7,12 +7,13 @@ import torch
 from gymnasium import spaces
 from omegaconf import DictConfig
 
-from dprl import rewards, setup
+from dprl import setup
 from dprl.data import d4rl
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import seeds
 from dprl.envs.vector import VecEnv
 from dprl.errors import UserError, found
+from dprl.rewards import TASK_ONLY
 
 PATIENCE = 20  # failed attempts in a row before the expert is given up
 
@@ -74,15 +75,18 @@ def write(cfg: DictConfig, overrides: list[str]) -> None:
     """``scripts/demonstrations.py``: ``cfg.episodes`` of the task's expert to ``cfg.out``."""
     out = Path(cfg.out)
     if cfg.task.expert is None:
-        raise found(f"{cfg.task.name} has no scripted expert", "task.expert", None, "bring your own data: python pretrain.py data.path=<file>")
+        raise found(
+            f"{cfg.task.name} has no scripted expert", "task.expert", None, "bring your own data: python pretrain.py data.path=<file>"
+        )
     if cfg.episodes < 1:
         raise found("too few episodes", "at least 1", cfg.episodes, "episodes=20")
     if out.exists():
         raise found(f"{out} exists", "a new file", "an earlier one", "delete it, or out=data/<another name>.hdf5")
     make = setup.construct(cfg.task.env, "task.env")
-    reward = rewards.WeightedSum({"task": (1.0, rewards.task)})
-    envs = make(num_envs=1, obs_steps=1, act_steps=1, reward=reward)
+    envs = make(num_envs=1, obs_steps=1, act_steps=1, reward=TASK_ONLY)
     expert = setup.construct(cfg.task.expert, "task.expert", seed=cfg.seed)
     episodes, failed = demonstrate(expert, envs, cfg.episodes, cfg.seed)
     d4rl.save(out, episodes)
-    print(f"{out}: {len(episodes)} episodes, {len(episodes.act)} steps, mean return {episodes.returns.mean():.4g}; the expert failed {failed} more")
+    print(
+        f"{out}: {len(episodes)} episodes, {len(episodes.act)} steps, mean return {episodes.returns.mean():.4g}; the expert failed {failed} more"
+    )

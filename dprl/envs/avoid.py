@@ -5,7 +5,7 @@ Geometry of the "avoiding" task of D3IL (Jia et al., 2024), on MuJoCo with two s
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mujoco
 import numpy as np
@@ -39,7 +39,7 @@ class AvoidEnv(MujocoEnv):
     row (2 x 3 x 4 ways); -1 before. The reward is 1 on crossing the line, else 0.
     """
 
-    metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 29}
+    metadata: ClassVar = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 29}
 
     def __init__(self, render_mode: str | None = None, width: int = 480, height: int = 560):
         super().__init__(
@@ -71,7 +71,7 @@ class AvoidEnv(MujocoEnv):
         before = self.data.qpos[1]
         contact = False
         for _ in range(self.frame_skip):  # looked at after every physics step: a graze must not be missed
-            mujoco.mj_step(self.model, self.data)
+            mujoco.mj_step(self.model, self.data)  # type: ignore[attr-defined]
             contact = contact or self.data.ncon > 0
         x, y = self.data.qpos
         for row, (level, obstacles) in enumerate(ROWS):

@@ -135,7 +135,12 @@ class ChunkEnv(gym.Wrapper):
         if self.success_key is None:
             return False
         if self.success_key not in info:
-            raise found("task.env.success_key names nothing", f"a key of info: {sorted(info)}", self.success_key, "task.env.success_key=<key> or null")
+            raise found(
+                "task.env.success_key names nothing",
+                f"a key of info: {sorted(info)}",
+                self.success_key,
+                "task.env.success_key=<key> or null",
+            )
         return bool(info[self.success_key])
 
     def _stack(self, items: list) -> Any:
@@ -152,7 +157,9 @@ def make_one(*, id: str, kwargs: dict[str, Any], max_episode_steps: int | None, 
     try:
         env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:
-        raise UserError(f"task.env.id={id} cannot be made: {error}\n  fix:      check the id, its package and task.env.kwargs={kwargs}") from None
+        raise UserError(
+            f"task.env.id={id} cannot be made: {error}\n  fix:      check the id, its package and task.env.kwargs={kwargs}"
+        ) from None
     if env.spec is None or env.spec.max_episode_steps is None:
         raise found(f"{id} has no time limit", "an episode that ends", "no max_episode_steps", "task.env.max_episode_steps=1000")
     return ChunkEnv(env, **chunk)

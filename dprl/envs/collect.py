@@ -97,7 +97,7 @@ class Collector:
             next_obs=torch.stack([to_torch(step.obs, self.device) for step in steps]),  # type: ignore[arg-type]
             extra=TensorDict({key: torch.stack([one[key] for one in extra]) for key in extra[0]}, batch),
             **arrays,
-            batch_size=batch,
+            batch_size=batch,  # type: ignore[call-arg]
         )
 
     def _count(self, step: VecStep) -> None:

@@ -15,7 +15,10 @@ def flatten(space: spaces.Space, *, keys: list[str] | None) -> tuple[spaces.Spac
     if isinstance(space, spaces.Dict):
         if not keys or any(key not in space.spaces for key in keys):
             raise found(
-                "the environment observes a dictionary", f"task.env.observe.keys, out of {list(space.spaces)}", keys, "name them in the task's yaml"
+                "the environment observes a dictionary",
+                f"task.env.observe.keys, out of {list(space.spaces)}",
+                keys,
+                "name them in the task's yaml",
             )
         parts = [space[key] for key in keys]
         sizes = [_size(part) for part in parts]
@@ -31,5 +34,10 @@ def _vector(size: int) -> spaces.Box:
 
 def _size(space: spaces.Space) -> int:
     if not isinstance(space, spaces.Box):
-        raise found("an observation that is no array of numbers", "a Box space, or a Dict of them", space, "name other keys, or another task.env.observe")
+        raise found(
+            "an observation that is no array of numbers",
+            "a Box space, or a Dict of them",
+            space,
+            "name other keys, or another task.env.observe",
+        )
     return int(np.prod(space.shape))

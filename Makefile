@@ -1,0 +1,44 @@
+# make demo   a virtual environment, demonstrations, a cloned policy, and the same policy tuned by DPPO
+# make test   the same environment, and every test
+# make quick  the tests that take seconds
+# make check  what a commit must pass: ruff, pyright, the quick tests
+# make lock   renews constraints.txt from what is installed
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+BIN := $(VENV)/bin
+RUNS ?= runs/demo
+SEED ?= 0
+
+.PHONY: demo test quick check lock install
+
+install: $(VENV)/.installed
+
+# Torch first, and alone: where its CPU build is offered it is taken, and nothing after it asks for another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	@rm -rf $(RUNS)
+	$(BIN)/python scripts/demonstrations.py seed=$(SEED) out=$(RUNS)/demonstrations.hdf5
+	$(BIN)/python pretrain.py seed=$(SEED) data.path=$(RUNS)/demonstrations.hdf5 out=$(RUNS)/bc
+	$(BIN)/python finetune.py algo=dppo seed=$(SEED) policy_from=$(RUNS)/bc out=$(RUNS)/dppo
+
+test: install
+	$(BIN)/python -m pytest
+
+quick: install
+	$(BIN)/python -m pytest -m "not slow"
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow"
+
+lock: install
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

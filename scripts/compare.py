@@ -1,0 +1,52 @@
+"""Tables runs side by side, and plots what they reached against environment steps and minutes.
+
+python scripts/compare.py runs/avoid-dppo-0 runs/avoid-bc-0 [--out runs/compare] [--key validation/success]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dprl import report
+from dprl.errors import UserError, found
+from dprl.files import read_json, replacing
+
+
+def read(run: Path) -> tuple[dict, list[dict]]:
+    """A run's result and its lines of metrics."""
+    if not (run / "result.json").is_file():
+        raise found(f"{run} has no result", "the folder of a run that ended", "no result.json", f"resume={run} to end it, or leave it out")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_json(run / "result.json"), lines
+
+
+def compare(runs: list[Path], out: Path, key: str | None) -> None:
+    """Writes ``compare.md`` and ``compare.png`` to ``out``, and prints the table."""
+    read_runs = {str(run): read(run) for run in runs}
+    table = report.markdown(row for result, _ in read_runs.values() for row in report.rows(result))
+    lines = {name: metrics for name, (_, metrics) in read_runs.items()}
+    if key is None:
+        success = any(line.get("validation/success") is not None for metrics in lines.values() for line in metrics)
+        key = "validation/success" if success else "validation/return"
+    with replacing(out / "compare.md") as path:
+        path.write_text(table)
+    report.save(report.curves(lines, key), out / "compare.png")
+    print(f"{table}\ntable:  {out / 'compare.md'}\nfigure: {out / 'compare.png'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that ended")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for the table and the figure")
+    parser.add_argument("--key", help="what to plot, of metrics.jsonl (default: validation/success, or return)")
+    arguments = parser.parse_args()
+    try:
+        compare(arguments.runs, arguments.out, arguments.key)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What tests share: small environments and policies, and the command lines in a folder of their own."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import toys  # noqa: F401  registers its environments
+
+from dprl import rewards
+from dprl.diffusion import DiffusionPolicy
+from dprl.envs.observe import flatten
+from dprl.envs.vector import VecEnv, make_vec
+from dprl.networks.mlp import MLPDenoiser
+from dprl.schedule import Schedule
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def vec(id: str, *, num_envs: int = 2, act_steps: int = 4, obs_steps: int = 1, **changes) -> VecEnv:
+    """Environments of a toy task."""
+    settings = dict(
+        kwargs={},
+        max_episode_steps=None,
+        observe=partial(flatten, keys=None),
+        success_key="success",
+        info_keys=[],
+        backend="sync",
+        reward=rewards.TASK_ONLY,
+    )
+    return make_vec(id=id, num_envs=num_envs, act_steps=act_steps, obs_steps=obs_steps, **(settings | changes))
+
+
+def diffusion(
+    *, obs_dim: int = 1, act_dim: int = 1, horizon: int = 4, act_steps: int | None = None, obs_steps: int = 1, **changes
+) -> DiffusionPolicy:
+    """A small diffusion policy."""
+    settings = dict(kind="cosine", steps=8, sample_steps=None, eta=1.0, predict="clean", width=32, layers=3, clip=1.0) | changes
+    return DiffusionPolicy(
+        denoiser=partial(MLPDenoiser, width=settings["width"], layers=settings["layers"], activation="ReLU", time_size=8),
+        schedule=partial(Schedule, **{key: settings[key] for key in ("kind", "steps", "sample_steps", "eta")}),
+        predict=settings["predict"],
+        clip=settings["clip"],
+        obs_shape=[obs_dim],
+        act_dim=act_dim,
+        horizon=horizon,
+        act_steps=act_steps or horizon - obs_steps + 1,
+        obs_steps=obs_steps,
+        obs_limit=None,
+    )
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs a program of the checkout in an empty folder: ``command("pretrain.py", "seed=1")``."""
+
+    def call(program: str, *arguments: str, status: int | None = 0, **options) -> subprocess.CompletedProcess:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / program), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            **options,
+        )
+        if status is not None:
+            assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    return call

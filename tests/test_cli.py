@@ -1,0 +1,233 @@
+"""The programs as a user runs them: by subprocess, in an empty folder."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from dprl.checkpoint import at, steps
+from dprl.data import d4rl
+
+SMALL = ["policy.denoiser.width=32", "policy.schedule.steps=4", "evaluation.num_envs=4", "evaluation.final_episodes=6", "threads=1"]
+CLONE = [*SMALL, "train.steps=60", "train.save_every=20", "train.log_every=10", "train.batch=32", "evaluation.episodes=4"]
+TUNE = ["evaluation.num_envs=4", "evaluation.final_episodes=6", "evaluation.episodes=4", "evaluation.every=2", "num_envs=3", "threads=1"]
+DPPO = [*TUNE, "algo=dppo", "algo.env_steps=1200", "algo.chunks=8", "algo.actor.tuned_steps=2", "algo.epochs=2"]
+
+
+@pytest.fixture
+def cloned(command, tmp_path, cloned_once):
+    """A folder with demonstrations and a cloned policy in it."""
+    shutil.copytree(cloned_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def cloned_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cloned")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for program, *arguments in (["scripts/demonstrations.py", "episodes=6"], ["pretrain.py", *CLONE]):
+        subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, env=env, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Runs a program as ``python <program>`` would, without the cost of a process: its status and what it printed."""
+
+    def call(program: str, *arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        sys.modules.pop("bad", None)
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return call
+
+
+def metrics(run) -> list[dict]:
+    """Lines of metrics.jsonl without the clock."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run) -> bytes:
+    return (at(run, steps(run)[-1]) / "model.safetensors").read_bytes()
+
+
+def test_from_demonstrations_to_a_comparison(command, cloned):
+    result = json.loads((cloned / "runs/avoid-bc-0/result.json").read_text())
+    assert (result["task"], result["algo"], result["bc"]["n"]) == ("avoid", "bc", 6)
+    done = command("finetune.py", *DPPO)
+    run = cloned / "runs/avoid-dppo-0"
+    result = json.loads((run / "result.json").read_text())
+    assert {"task", "algo", "seed", "env_steps", "train_seconds", "bc", "tuned", "config", "versions"} <= result.keys()
+    for side in ("bc", "tuned"):
+        assert {"success", "success_ci95", "return", "n"} <= result[side].keys()
+        assert result[side]["n"] == 6
+    assert 0 < result["env_steps"] <= 1200
+    assert result["config"]["algo"]["env_steps"] == 1200
+    for name in ("comparison.md", "comparison.png"):
+        assert (run / name).stat().st_size > 0
+        assert f"runs/avoid-dppo-0/{name}" in done.stdout
+    assert "avoid dppo seed 0: tuned" in done.stdout
+    table = command("scripts/compare.py", "runs/avoid-dppo-0", "runs/avoid-bc-0").stdout
+    assert "avoid bc seed 0" in table
+    assert (cloned / "runs/compare/compare.png").stat().st_size > 10_000
+
+
+def test_pretraining_interrupted_and_resumed_is_bit_identical(command, cloned):
+    whole = cloned / "runs/avoid-bc-0"
+    part = cloned / "runs/part"
+    command("pretrain.py", *CLONE, "out=runs/part")
+    assert weights(part) == weights(whole)  # same seed, same weights
+    assert metrics(part) == metrics(whole)
+    shutil.rmtree(part)
+    script = "import dprl.checkpoint as c; keep = c.keep\ndef stop(*a):\n keep(*a); raise KeyboardInterrupt\nc.keep = stop\nimport pretrain; pretrain.main()"
+    (cloned / "stopped.py").write_text(script)
+    stopped = command(str(cloned / "stopped.py"), *CLONE, "out=runs/part", status=130)
+    assert "resume=" in stopped.stderr
+    assert steps(part) == [20]
+    command("pretrain.py", *CLONE, "out=runs/part", "resume=auto")
+    assert weights(part) == weights(whole)
+    assert metrics(part) == metrics(whole)
+
+
+def test_finetuning_interrupted_and_resumed_is_bit_identical(command, cloned):
+    command("finetune.py", *DPPO, "out=runs/whole")
+    script = "import dprl.checkpoint as c; keep = c.keep\ndef stop(*a):\n keep(*a); raise KeyboardInterrupt\nc.keep = stop\nimport finetune; finetune.main()"
+    (cloned / "stopped.py").write_text(script)
+    command(str(cloned / "stopped.py"), *DPPO, "out=runs/part", status=130)
+    assert steps(cloned / "runs/part") == [2]
+    command("finetune.py", *DPPO, "out=runs/part", status=2)
+    command("finetune.py", "resume=runs/part")
+    whole, part = cloned / "runs/whole", cloned / "runs/part"
+    assert weights(whole) == weights(part)
+    assert metrics(whole) == metrics(part)
+    one, other = (json.loads((run / "result.json").read_text()) for run in (whole, part))
+    assert one["tuned"] == other["tuned"]
+    assert one["env_steps"] == other["env_steps"]
+
+
+def test_safe_reward_is_logged_term_by_term(command, cloned):
+    command("finetune.py", *DPPO, "reward=safe", "out=runs/safe", "logger=wandb")
+    terms = {key for line in metrics(cloned / "runs/safe") for key in line if key.startswith("reward/")}
+    assert terms == {"reward/task", "reward/clearance", "reward/smoothness"}
+    assert list((cloned / "runs/safe/wandb").glob("offline-run-*"))  # offline: no account, no network
+
+
+def test_tensorboard(command, cloned):
+    settings = [s for s in CLONE if not s.startswith("policy.")]
+    command("pretrain.py", *settings, "policy=regression", "policy.width=16", "logger=tensorboard", "out=runs/mse")
+    assert list((cloned / "runs/mse/tensorboard").glob("events*"))
+
+
+def test_one_environment_and_async(command, cloned):
+    command("finetune.py", *DPPO, "num_envs=1", "algo.env_steps=200", "task.env.backend=async", "out=runs/one")
+
+
+def test_a_users_own_reward_by_name(command, cloned):
+    (cloned / "mine.py").write_text("def speed(t, *, scale):\n    return scale * (t.next_obs[..., 3] - t.obs[..., 3])\n")
+    terms = ["+reward.terms.mine._target_=mine.speed", "+reward.terms.mine.scale=10", "+reward.terms.mine.weight=0.5"]
+    command("finetune.py", *DPPO, *terms, "algo.env_steps=200", "out=runs/mine")
+    assert "reward/mine" in metrics(cloned / "runs/mine")[1]
+
+
+BAD = {
+    "misspelt key": (["finetune.py", "algo.actor_rl=1"], ["algo.actor_rl", "algo.actor_lr"]),
+    "misspelt group": (["finetune.py", "algo=dpo"], ["algo/dpo", "dppo"]),
+    "misspelt task": (["pretrain.py", "task=hoper"], ["task/hoper", "hopper"]),
+    "no checkpoint": (["finetune.py", "policy_from=runs/none"], ["runs/none", "pretrain.py"]),
+    "another task": (["finetune.py", "task=hopper"], ["no checkpoint", "runs/hopper-bc-0"]),
+    "another task's checkpoint": (["finetune.py", "task=hopper", "policy_from=runs/avoid-bc-0"], ["another task", "found:    avoid"]),
+    "another environment": (
+        ["finetune.py", "task.env.id=Hopper-v5", "task.env.success_key=null", "task.env.info_keys=[]"],
+        ["another observation size", "[11]"],
+    ),
+    "no reward module": (
+        ["finetune.py", "+reward.terms.x._target_=nowhere.f", "+reward.terms.x.weight=1"],
+        ["reward.terms.x", "nowhere.f"],
+    ),
+    "reward signature": (
+        ["finetune.py", "+reward.terms.x._target_=bad.two", "+reward.terms.x.weight=1"],
+        ["reward.terms.x", "another signature"],
+    ),
+    "reward shape": (["finetune.py", "+reward.terms.x._target_=bad.shape", "+reward.terms.x.weight=1"], ["'x'", "wrong shape"]),
+    "reward raises": (["finetune.py", "+reward.terms.x._target_=bad.raises", "+reward.terms.x.weight=1"], ["'x'", "KeyError"]),
+    "no environments": (["finetune.py", "num_envs=0"], ["num_envs=1 or more"]),
+    "too many tuned steps": (["finetune.py", "algo.actor.tuned_steps=9"], ["1 to 4"]),
+    "no data": (["pretrain.py", "data.path=none.hdf5"], ["none.hdf5", "scripts/demonstrations.py"]),
+    "data is no HDF5": (["pretrain.py", "data.path=bad.py"], ["bad.py", "cannot be read"]),
+    "data of another task": (
+        ["pretrain.py", "task=hopper", "data.path=data/avoid-0.hdf5"],
+        ["another observation size", "data/avoid-0.hdf5"],
+    ),
+    "chunk beyond the horizon": (["pretrain.py", "policy.act_steps=9"], ["policy.horizon=9"]),
+    "zero chunk": (["pretrain.py", "policy.act_steps=0"], ["policy.act_steps"]),
+    "unknown schedule": (["pretrain.py", "policy.schedule.kind=square"], ["schedule.kind", "square"]),
+    "unknown target": (["pretrain.py", "policy.predict=nois"], ["policy.predict", "nois"]),
+    "no such denoiser": (["pretrain.py", "policy.denoiser._target_=dprl.networks.mlp.Missing"], ["policy", "Missing"]),
+    "unknown device": (["pretrain.py", "device=tpu9"], ["device=tpu9"]),
+    "nothing to resume": (["pretrain.py", "resume=runs/none"], ["runs/none"]),
+    "resume with settings": (["pretrain.py", "resume=runs/avoid-bc-0", "seed=3"], ["seed=3", "out="]),
+    "resume=auto, other settings": (
+        ["pretrain.py", *CLONE, "resume=auto", "out=runs/avoid-bc-0", "train.lr=0.5"],
+        ["train.lr=0.5", "train.lr=0.001"],
+    ),
+    "no expert": (["scripts/demonstrations.py", "task=hopper"], ["no scripted expert"]),
+    "no episodes": (["scripts/demonstrations.py", "episodes=0", "out=data/x.hdf5"], ["episodes=20"]),
+    "demonstrations exist": (["scripts/demonstrations.py"], ["data/avoid-0.hdf5 exists"]),
+    "compare nothing": (["scripts/compare.py", "runs/none"], ["runs/none"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message_and_nothing_written(in_process, cloned, name):
+    (program, *arguments), expected = BAD[name]
+    (cloned / "bad.py").write_text(
+        "def two(a, b):\n    return 0\n\ndef shape(t):\n    return t.act\n\ndef raises(t):\n    return t.info['missing']\n"
+    )
+    named = any(argument.startswith(("out=", "resume=")) for argument in arguments)
+    fresh = [] if named or program.startswith("scripts") else ["out=runs/new"]
+
+    def everything():
+        return sorted((path, path.stat().st_mtime_ns) for path in cloned.rglob("*") if "__pycache__" not in str(path))
+
+    before = everything()
+    status, printed = in_process(program, *arguments, *fresh)
+    assert status == 2, printed
+    assert printed.count("error: ") == 1
+    assert "Traceback" not in printed
+    for word in expected:
+        assert word in printed
+    assert everything() == before
+
+
+def test_a_run_that_exists_is_refused(command, cloned):
+    done = command("pretrain.py", *CLONE, status=2)
+    assert "runs/avoid-bc-0 exists" in done.stderr
+
+
+def test_episodes_shorter_than_a_chunk_are_legal(command, cloned):
+    data = d4rl.load(cloned / "data/avoid-0.hdf5")
+    short = data.select(torch.arange(2))
+    ends = torch.tensor([3, 5, len(short.act)])
+    short = replace(short, ends=ends, terminated=torch.tensor([True, False, True]), last_obs=None)
+    d4rl.save(cloned / "short.hdf5", short)
+    command("pretrain.py", *CLONE, "data.path=short.hdf5", "out=runs/short")
+
+
+@pytest.mark.parametrize("program", ["pretrain.py", "finetune.py", "scripts/demonstrations.py", "scripts/compare.py"])
+def test_help(command, program):
+    assert program.split("/")[-1].split(".")[0] in command(program, "--help").stdout

@@ -1,0 +1,160 @@
+"""Episodes, the D4RL layout, and windows at episode ends."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dprl.data import d4rl
+from dprl.data.episodes import Episodes, check
+from dprl.data.windows import Order, Windows
+from dprl.errors import UserError
+
+
+def episodes(*lengths: int, **changes) -> Episodes:
+    """Actions and observations tell their step: 10 episode + step."""
+    steps = torch.cat([10.0 * e + torch.arange(n) for e, n in enumerate(lengths)])
+    ends = torch.tensor(lengths).cumsum(0)
+    values = dict(
+        obs=torch.stack([steps, steps + 0.5], -1),
+        act=steps[:, None],
+        rew=steps,
+        ends=ends,
+        terminated=torch.arange(len(lengths)) % 2 == 0,
+        last_obs=torch.full((len(lengths), 2), -1.0),
+        source="test",
+    )
+    return Episodes(**(values | changes))
+
+
+def test_windows_by_hand():
+    windows = Windows(episodes(3, 1), obs_steps=2, horizon=4)
+    obs, act, mask = windows[torch.arange(4)]
+    assert obs[..., 0].tolist() == [[0, 0], [0, 1], [1, 2], [10, 10]]
+    assert act[..., 0].tolist() == [[0, 0, 1, 2], [0, 1, 2, 2], [1, 2, 2, 2], [10, 10, 10, 10]]
+    assert mask.int().tolist() == [[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), obs_steps=st.integers(1, 4), horizon=st.integers(1, 12))
+def test_windows_never_leave_their_episode(lengths, obs_steps, horizon):
+    data = episodes(*lengths)
+    windows = Windows(data, obs_steps=obs_steps, horizon=horizon)
+    assert len(windows) == sum(lengths)
+    obs, act, mask = windows[torch.arange(len(windows))]
+    assert obs.shape == (sum(lengths), obs_steps, 2)
+    assert act.shape == (sum(lengths), horizon, 1)
+    t = 0
+    for episode, length in enumerate(lengths):
+        for step in range(length):
+            assert obs[t, -1, 0] == 10 * episode + step
+            for h in range(horizon):
+                place = step - (obs_steps - 1) + h
+                inside = 0 <= place < length
+                assert bool(mask[t, h]) == inside
+                assert act[t, h, 0] == 10 * episode + min(max(place, 0), length - 1)
+            t += 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 50), batch=st.integers(1, 60), seed=st.integers(0, 5))
+def test_an_epoch_sees_each_window_at_most_once_and_order_needs_no_state(size, batch, seed):
+    order = Order(size, batch=batch, seed=seed)
+    per_epoch = size // min(batch, size)
+    first = torch.cat([order(step) for step in range(per_epoch)])
+    assert len(first.unique()) == len(first) == per_epoch * min(batch, size)
+    later = order(3 * per_epoch)
+    assert torch.equal(Order(size, batch=batch, seed=seed)(3 * per_epoch), later)
+
+
+def test_split_keeps_episodes_whole():
+    data = episodes(3, 1, 4, 2, 5)
+    kept, held = data.split(0.4, seed=0)
+    assert held is not None
+    assert sorted(kept.lengths.tolist() + held.lengths.tolist()) == [1, 2, 3, 4, 5]
+    for part in (kept, held):
+        for start, end in zip(part.starts, part.ends, strict=True):
+            assert len(set((part.act[start:end, 0] // 10).tolist())) == 1
+    assert episodes(3).split(0.9, seed=0)[1] is None
+    with pytest.raises(UserError, match=r"train.validation"):
+        data.split(1.0, seed=0)
+
+
+def test_returns():
+    assert episodes(3, 2).returns.tolist() == [3.0, 21.0]
+    with pytest.raises(UserError, match="no rewards"):
+        _ = episodes(3, rew=None).returns
+
+
+def test_d4rl_round_trip(tmp_path):
+    data = episodes(3, 1, 4)
+    d4rl.save(tmp_path / "a.hdf5", data)
+    back = d4rl.load(tmp_path / "a.hdf5")
+    for name in ("obs", "act", "rew", "ends", "terminated", "last_obs"):
+        assert torch.equal(getattr(back, name), getattr(data, name)), name
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def write(path, steps=6, **arrays):
+    values = dict(
+        observations=np.zeros((steps, 2)),
+        actions=np.zeros((steps, 1)),
+        rewards=np.zeros(steps),
+        terminals=np.zeros(steps),
+        timeouts=np.zeros(steps),
+    )
+    with h5py.File(path, "w") as file:
+        for key, value in (values | arrays).items():
+            if value is not None:
+                file[key] = value
+    return path
+
+
+def test_terminals_and_timeouts_are_kept_apart_and_a_v0_file_is_read(tmp_path):
+    path = write(tmp_path / "v0.hdf5", terminals=np.array([0, 1, 0, 0, 0, 0]), timeouts=np.array([0, 0, 0, 1, 0, 0]))
+    data = d4rl.load(path)
+    assert data.ends.tolist() == [2, 4, 6]  # the last was cut by the end of the file
+    assert data.terminated.tolist() == [True, False, False]
+    assert data.last_obs is None
+
+
+BAD = {
+    "nan": (dict(observations=np.full((6, 2), np.nan)), "'observations' has 12 values that are not finite"),
+    "inf action": (dict(actions=np.array([[0.0]] * 4 + [[np.inf]] * 2)), "first at step 4"),
+    "no actions": (dict(actions=None), "lacks 'actions'"),
+    "other length": (dict(rewards=np.zeros(5)), "'rewards' has another length"),
+    "scalar actions": (dict(actions=np.zeros(6)), "'actions' has the wrong shape"),
+    "text": (dict(actions=np.array([b"a"] * 6)), "no array of numbers"),
+    "empty": (dict(observations=np.zeros((0, 2)), actions=np.zeros((0, 1)), rewards=None, terminals=None, timeouts=None), "holds no data"),
+    "endless": (dict(terminals=None, timeouts=None), "does not say where episodes end"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_named(tmp_path, name):
+    arrays, message = BAD[name]
+    path = write(tmp_path / "bad.hdf5", **arrays)
+    with pytest.raises(UserError, match=message) as caught:
+        d4rl.load(path)
+    assert "bad.hdf5" in str(caught.value)
+
+
+def test_a_file_that_is_none_and_one_that_is_cut_short(tmp_path):
+    with pytest.raises(UserError, match="nothing at"):
+        d4rl.load(tmp_path / "none.hdf5")
+    (tmp_path / "text.hdf5").write_text("not HDF5")
+    with pytest.raises(UserError, match="cannot be read"):
+        d4rl.load(tmp_path / "text.hdf5")
+    whole = write(tmp_path / "whole.hdf5", steps=5000).read_bytes()
+    (tmp_path / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        d4rl.load(tmp_path / "cut.hdf5")
+
+
+def test_check_names_the_episode():
+    data = episodes(3, 2)
+    data.act[4] = float("nan")
+    with pytest.raises(UserError, match=r"step 4 \(episode 1\)"):
+        check(data)

@@ -1,0 +1,289 @@
+"""DPPO against closed forms, and that it learns."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import diffusion, vec
+from tensordict import TensorDict
+from test_diffusion import train
+
+from algos.dppo import DPPO, ChainActor, clip_ranges, policy_loss, value_loss
+from dprl.envs.collect import Collector, Rollout
+from dprl.errors import UserError
+from dprl.evaluate import evaluate
+from dprl.networks.critic import StateValue
+from dprl.regression import RegressionPolicy
+from dprl.returns import ReturnScale, chunk_rewards, discounts
+
+ACTOR = dict(tuned_steps=4, min_std=0.1, noise_limit=3.0)
+SETTINGS = dict(
+    env_steps=10_000,
+    chunks=2,
+    epochs=5,
+    batch=128,
+    gamma=0.9,
+    gae_lambda=0.8,
+    denoise_discount=0.9,
+    clip_first=0.05,
+    clip_last=0.05,
+    clip_rate=3.0,
+    value_clip=None,
+    target_kl=None,
+    max_grad_norm=1.0,
+    actor_lr=1e-3,
+    actor_lr_final=1e-3,
+    critic_lr=1e-3,
+    critic_lr_final=1e-3,
+    lr_warmup=0.0,
+    weight_decay=0.0,
+    critic_warmup=1,
+    min_std_final=0.1,
+    scale_rewards=False,
+    normalize_advantages=True,
+    bc_weight=0.0,
+)
+
+
+def dppo(policy=None, actor=(), **changes) -> DPPO:
+    return DPPO(
+        policy=policy or diffusion(),
+        actor=partial(ChainActor, **(ACTOR | dict(actor))),
+        critic=partial(StateValue, width=32, layers=3, activation="Mish"),
+        **(SETTINGS | changes),
+    )
+
+
+def collector(num_envs: int = 4, **changes) -> Collector:
+    made = Collector(vec("Aim-v0", num_envs=num_envs, act_steps=4, **changes), device=torch.device("cpu"))
+    made.reset(0)
+    return made
+
+
+def test_the_first_ratio_is_one():
+    algo = dppo()
+    algo.actor.train()
+    rollout = collector(16)(algo.actor, 3).flatten()
+    logp = algo.actor.score(rollout.obs, rollout.extra["chain"])
+    torch.testing.assert_close((logp - rollout.extra["logp"]).exp(), torch.ones(48, 4), atol=1e-5, rtol=0)
+
+
+def test_log_prob_is_the_gaussians_by_hand_over_the_executed_steps():
+    actor = ChainActor(policy=diffusion(act_dim=2, horizon=5, act_steps=3, obs_steps=2), **ACTOR)
+    x, mean = torch.randn(2, 6, 5, 2).unbind(0)
+    std = torch.rand(6, 1, 1) + 0.1
+    theirs = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x)[:, 1:4].mean((1, 2))
+    torch.testing.assert_close(actor.log_prob(x, mean, std), theirs)
+
+
+def test_exploring_has_a_floor_of_noise_and_acting_has_none_at_the_end():
+    policy = diffusion(width=8)
+    actor = ChainActor(policy=policy, **ACTOR)
+    assert "chain" in actor.train()(torch.zeros(3, 1, 1))[1]
+    x, mean, std = actor.means(actor.tuned, torch.zeros(3, 1, 1), torch.randn(3, 5, 4, 1))
+    assert (x.shape, mean.shape) == ((12, 4, 1), (12, 4, 1))
+    assert std.min() == pytest.approx(0.1)
+    _, extra = actor.eval()(torch.zeros(3, 1, 1))
+    assert extra == {}
+    assert actor.tuned.reverse(torch.zeros(3, 4, 1), 7, actor.tuned.encode(torch.zeros(3, 1, 1)))[1].item() == 0
+
+
+def test_only_the_last_steps_are_the_tuned_ones():
+    actor = ChainActor(policy=diffusion(), **ACTOR).eval()
+    obs = torch.zeros(5, 1, 1)
+    torch.manual_seed(1)
+    before = actor(obs)[0]
+    with torch.no_grad():
+        actor.tuned.denoiser.out.bias.add_(0.3)
+    torch.manual_seed(1)
+    assert not torch.equal(actor(obs)[0], before)  # the tuned copy is what acts at the end
+    torch.manual_seed(1)
+    first = actor.start(obs)
+    with torch.no_grad():
+        actor.tuned.denoiser.out.bias.add_(0.3)
+    torch.manual_seed(1)
+    assert torch.equal(actor.start(obs), first)  # and the base's part never moves
+    assert not any(p.requires_grad for p in actor.base.parameters())
+
+
+def test_no_row_passes_through_a_network_whose_output_is_thrown_away():
+    actor = ChainActor(policy=diffusion(), **ACTOR)
+    calls = {"base": 0, "tuned": 0}
+    for name in calls:
+        getattr(actor, name).denoiser.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    actor(torch.zeros(2, 1, 1))
+    assert calls == {"base": 4, "tuned": 4}
+    actor.score(torch.zeros(2, 1, 1), torch.zeros(2, 5, 4, 1))
+    assert calls == {"base": 4, "tuned": 5}
+
+
+def test_clip_grows_exponentially_over_denoising_steps():
+    clip = clip_ranges(first=0.001, last=0.01, rate=3.0, steps=5)
+    by_hand = [0.001 + 0.009 * (math.exp(3 * u) - 1) / (math.exp(3) - 1) for u in (0, 0.25, 0.5, 0.75, 1)]
+    np.testing.assert_allclose(clip, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(clip_ranges(first=0.0, last=1.0, rate=0.0, steps=3), [0, 0.5, 1])
+    assert clip_ranges(first=0.001, last=0.01, rate=3.0, steps=1).tolist() == pytest.approx([0.01])
+
+
+def test_the_denoising_discount_falls_towards_noise():
+    torch.testing.assert_close(dppo(denoise_discount=0.5).discount, torch.tensor([0.125, 0.25, 0.5, 1.0]))
+
+
+def test_policy_loss_by_hand():
+    logp = torch.tensor([[0.0, math.log(1.5)], [math.log(0.5), math.log(1.02)]])
+    adv = torch.tensor([[1.0, 2.0], [-1.0, -3.0]])
+    loss, metrics = policy_loss(logp, torch.zeros(2, 2), adv, torch.tensor([0.1, 0.2]))
+    # r A against clipped r A: (1, 1), (3, 2.4), (-.5, -.9), (-3.06, -3.06)
+    assert float(loss) == pytest.approx(-(1 + 2.4 - 0.9 - 3.06) / 4)
+    assert float(metrics["clipped"]) == 0.5
+    ratio = logp.exp()
+    assert float(metrics["kl"]) == pytest.approx(float((ratio - 1 - logp).mean()))
+
+
+def test_value_loss_takes_the_worse_of_clipped_and_not():
+    value, old, target = torch.tensor([2.0, 0.1]), torch.zeros(2), torch.tensor([2.0, 1.0])
+    assert float(value_loss(value, old, target, None)) == pytest.approx(0.5 * (0 + 0.81) / 2)
+    assert float(value_loss(value, old, target, 0.5)) == pytest.approx(0.5 * (1.5**2 + 0.81) / 2)
+
+
+def test_gae_over_chunks_with_a_truncation_and_a_termination_in_mid_chunk():
+    gamma, lam = 0.9, 0.8
+    algo = dppo(gamma=gamma, gae_lambda=lam)
+    algo.value = lambda obs: obs[:, -1, 0]  # V is what is observed  # type: ignore[method-assign]
+    rew = torch.tensor([[1.0, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0], [1, 1, 1, 1]])
+    length, terminated, truncated = [4, 2, 1, 4], [0, 1, 0, 0], [0, 0, 1, 0]
+    obs, after = [10.0, 20.0, 30.0, 40.0], [20.0, 99.0, 55.0, 60.0]
+    rollout = Rollout(
+        obs=torch.tensor(obs).view(4, 1, 1, 1),
+        act=torch.zeros(4, 1, 4, 1),
+        rew=rew[:, None],
+        next_obs=torch.tensor(after).view(4, 1, 1, 1),
+        length=torch.tensor(length)[:, None],
+        terminated=torch.tensor(terminated, dtype=torch.bool)[:, None],
+        truncated=torch.tensor(truncated, dtype=torch.bool)[:, None],
+        success=torch.zeros(4, 1, dtype=torch.bool),
+        extra=TensorDict(chain=torch.zeros(4, 1, 5, 4, 1), logp=torch.zeros(4, 1, 4), batch_size=[4, 1]),
+        batch_size=[4, 1],
+    )
+    batch, _ = algo.advantages(rollout)
+    summed = [sum(gamma**t * r for t, r in enumerate(row)) for row in rew.tolist()]
+    delta = [
+        summed[0] + gamma**4 * 20 - 10,
+        summed[1] + 0 - 20,  # terminated in mid-chunk: no bootstrap
+        summed[2] + gamma**1 * 55 - 30,  # truncated after one step: from its own last observation, one step on
+        summed[3] + gamma**4 * 60 - 40,  # the rollout's end: from the successor
+    ]
+    adv = [delta[0] + gamma**4 * lam * delta[1], delta[1], delta[2], delta[3]]  # no trace across an episode's end
+    torch.testing.assert_close(batch["adv"], torch.tensor(adv))
+    torch.testing.assert_close(batch["target"], torch.tensor(adv) + torch.tensor(obs))
+
+
+def test_chunk_rewards_and_discounts():
+    torch.testing.assert_close(chunk_rewards(torch.tensor([1.0, 1, 1]), 0.5), torch.tensor(1.75))
+    torch.testing.assert_close(discounts(torch.tensor([1, 4]), 0.5), torch.tensor([0.5, 0.0625]))
+
+
+def test_return_scale_is_the_std_of_what_was_seen():
+    rng = np.random.default_rng(0)
+    rew, done = rng.normal(2, 5, (3, 20, 4)), rng.random((3, 20, 4)) < 0.1
+    scale, running, seen = ReturnScale(0.9), np.zeros(4), []
+    for r, d in zip(rew, done, strict=True):
+        out = scale(torch.tensor(r), torch.full((20, 4), 0.9, dtype=torch.float64), torch.tensor(d))
+        for t in range(20):
+            running = running * 0.9 + r[t]
+            seen.append(running)
+            running = running * ~d[t]
+        np.testing.assert_allclose(out, r / np.std(seen), rtol=1e-6)
+    again = ReturnScale(0.9)
+    again.load_state_dict(scale.state_dict())
+    assert (again.count, again.mean, again.square) == (scale.count, scale.mean, scale.square)
+
+
+def test_the_critic_warms_up_alone():
+    algo = dppo(critic_warmup=1)
+    before = {name: value.clone() for name, value in algo.actor.state_dict().items()}
+    first = algo.train(collector())
+    next(first)
+    assert all(torch.equal(value, before[name]) for name, value in algo.actor.state_dict().items())
+    next(first)
+    changed = {name for name, value in algo.actor.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("tuned.denoiser") for name in changed)
+
+
+def test_kl_stops_the_updates():
+    algo = dppo(critic_warmup=0, target_kl=0.0, actor_lr=0.1)
+    metrics = next(algo.train(collector()))
+    assert metrics["stopped"] == 1
+    assert metrics["updates"] < 5
+
+
+def test_the_budget_is_never_exceeded():
+    collect = collector(3)
+    algo = dppo(env_steps=200, chunks=2)
+    done = sum(1 for _ in algo.train(collect))
+    assert done == 200 // (3 * 2 * 4)
+    assert collect.env_steps <= 200
+    assert algo.progress(collect) == 1
+
+
+def test_bc_loss_is_zero_at_the_base_and_holds_the_policy_there():
+    algo = dppo(bc_weight=1.0)
+    obs = torch.rand(32, 1, 1)
+    assert float(algo.bc_loss(obs).detach()) == pytest.approx(0, abs=1e-10)
+    with torch.no_grad():
+        algo.actor.tuned.denoiser.out.bias.add_(0.5)
+    away = float(algo.bc_loss(obs).detach())
+    optimizer = torch.optim.Adam(algo.actor.tuned.parameters(), lr=3e-3)
+    for _ in range(100):
+        loss = algo.bc_loss(obs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.1 * away
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [(dict(actor=dict(tuned_steps=9)), "1 to 8"), (dict(actor=dict(tuned_steps=0)), "1 to 8"), (dict(epochs=0), "algo.epochs")],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        dppo(**changes)
+
+
+def test_a_policy_that_does_not_diffuse_is_refused():
+    sizes = dict(obs_shape=[1], act_dim=1, horizon=4, act_steps=4, obs_steps=1, obs_limit=None)
+    with pytest.raises(UserError, match="RegressionPolicy"):
+        dppo(policy=RegressionPolicy(width=8, layers=3, activation="ReLU", **sizes))
+
+
+@pytest.mark.parametrize(("steps", "tuned"), [(8, 8), (1, 1)])
+def test_every_step_tuned_and_a_single_step(steps, tuned):
+    algo = dppo(policy=diffusion(steps=steps), actor=dict(tuned_steps=tuned), critic_warmup=0, bc_weight=0.1)
+    metrics = next(algo.train(collector(1)))
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("act_steps", [1, 7])
+def test_chunks_shorter_and_longer_than_an_episode(act_steps):
+    collect = Collector(vec("Aim-v0", num_envs=2, act_steps=act_steps), device=torch.device("cpu"))
+    collect.reset(0)
+    metrics = next(dppo(policy=diffusion(horizon=act_steps), critic_warmup=0).train(collect))
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_dppo_gains_twenty_points():
+    obs = torch.rand(2000, 1, 1) * 2 - 1
+    wrong = torch.randint(0, 2, (2000, 1, 1)) * 0.8  # every other demonstration aims beside the goal
+    policy = train(diffusion(width=64), obs, obs + wrong + 0.02 * torch.randn(2000, 4, 1), steps=600)
+    envs = vec("Aim-v0", num_envs=50, act_steps=4)
+    before = evaluate(policy, envs, range(300)).summary()["success"]
+    algo = dppo(policy=policy, env_steps=15_000, chunks=4, gamma=0.99)
+    for _ in algo.train(collector(32)):
+        pass
+    after = evaluate(algo.actor, envs, range(300)).summary()["success"]
+    assert 0.3 < before < 0.7
+    assert after >= before + 0.2, (before, after)

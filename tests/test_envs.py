@@ -1,0 +1,183 @@
+"""Chunked stepping, vectors and collecting, where the usual mistakes are."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import vec
+from torch import nn
+
+from dprl import rewards
+from dprl.envs.collect import Collector, seeds
+from dprl.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+class Constant(nn.Module):
+    """Acts ``value`` and records the observation it saw."""
+
+    def __init__(self, value: float = 0.5, act_steps: int = 4, act_dim: int = 1):
+        super().__init__()
+        self.value, self.size = nn.Parameter(torch.tensor(value)), (act_steps, act_dim)
+
+    def forward(self, obs):
+        return self.value.detach().expand(len(obs), *self.size), {"seen": obs}
+
+
+def collector(envs, *entropy) -> Collector:
+    made = Collector(envs, device=CPU)
+    made.reset(*(entropy or (0,)))
+    return made
+
+
+def test_a_chunk_stops_where_its_episode_stops():
+    envs = vec("Counter-v0", kwargs={"end": 6}, num_envs=1)
+    envs.reset(seeds=[0])
+    first = envs.step(np.ones((1, 4, 1)))
+    assert (first.length[0], first.done[0]) == (4, False)
+    assert first.rew[0].tolist() == [1, 2, 3, 4]
+    second = envs.step(np.ones((1, 4, 1)))
+    assert (second.length[0], second.terminated[0], second.truncated[0], second.success[0]) == (2, True, False, True)
+    assert second.rew[0].tolist() == [5, 6, 0, 0]
+    assert second.obs[0, -1].tolist() == [0, 6]  # the episode's own last observation, not the next one's first
+
+
+def test_the_time_limit_counts_steps_inside_the_chunk():
+    envs = vec("Counter-v0", num_envs=1)
+    envs.reset(seeds=[0])
+    steps = [envs.step(np.ones((1, 4, 1))) for _ in range(3)]
+    assert [int(step.length[0]) for step in steps] == [4, 4, 2]
+    assert [bool(step.truncated[0]) for step in steps] == [False, False, True]
+    assert not steps[-1].terminated[0]
+
+
+def test_an_environment_at_rest_does_nothing():
+    envs = vec("Counter-v0", kwargs={"end": 2})
+    envs.reset(seeds=[0, 1])
+    assert envs.step(np.ones((2, 4, 1))).done.all()
+    envs.rest(np.array([True, False]))
+    envs.reset(mask=np.array([False, True]))
+    step = envs.step(np.ones((2, 4, 1)))
+    assert step.length.tolist() == [0, 2]
+    assert not step.done[0]
+    assert step.rew[0].sum() == step.task_return[0] == 0
+
+
+def test_rollout_has_true_successors_and_exact_counts():
+    collect = collector(vec("Counter-v0", kwargs={"end": 6}, num_envs=3))
+    rollout = collect(Constant(), 5)
+    assert rollout.batch_size == (5, 3)
+    assert rollout.length[:, 0].tolist() == [4, 2, 4, 2, 4]
+    assert collect.env_steps == 3 * 16
+    for t in range(5):
+        before, after = rollout.obs[t, :, -1], rollout.next_obs[t, :, -1]
+        assert torch.equal(after[:, 0], before[:, 0])  # the same episode: no reset in between
+        assert torch.equal(after[:, 1], before[:, 1] + rollout.length[t])
+    assert rollout.terminated[:, 0].tolist() == [False, True, False, True, False]
+    assert rollout.rew[1, 0].tolist() == [5, 6, 0, 0]
+    assert torch.equal(rollout.extra["seen"], rollout.obs)
+    assert torch.equal(rollout.obs[2, :, -1, 1], torch.zeros(3))  # after the end a fresh episode
+    metrics = collect.metrics()
+    assert metrics["train/return"] == 21
+    assert metrics["train/episodes"] == 6
+    assert metrics["train/success"] == 1
+    assert metrics["reward/task"] == pytest.approx((6 * 21 + 3 * 10) / 48)
+
+
+def test_history_repeats_the_first_observation_and_never_crosses_a_reset():
+    collect = collector(vec("Counter-v0", kwargs={"end": 6}, num_envs=1, obs_steps=3))
+    rollout = collect(Constant(), 4)
+    assert rollout.obs[:, 0, :, 1].tolist() == [[0, 0, 0], [2, 3, 4], [0, 0, 0], [2, 3, 4]]
+    assert rollout.next_obs[:, 0, :, 1].tolist() == [[2, 3, 4], [4, 5, 6], [2, 3, 4], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_sync_equals_async(num_envs):
+    rollouts = []
+    for backend in ("sync", "async"):
+        envs = vec("dprl/Avoid-v0", num_envs=num_envs, act_steps=8, backend=backend, info_keys=["route"])
+        collect = collector(envs, 7, 3)
+        rollouts.append((collect(Constant(0.01, 8, 2), 12), collect.env_steps))
+        envs.close()
+    (one, count), (other, other_count) = rollouts
+    assert count == other_count
+    for field in dataclasses.fields(one):
+        if field.name != "extra":
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
+def test_seeds_decide_the_episodes():
+    def starts(*entropy):
+        return collector(vec("Aim-v0", num_envs=4), *entropy)(Constant(), 3).obs
+
+    assert torch.equal(starts(0, 1), starts(0, 1))
+    assert not torch.equal(starts(0, 1), starts(0, 2))
+    assert len(set(seeds(100, 5))) == 100
+    assert len(starts(0, 1)[0].unique()) == 4
+
+
+def test_dictionaries_are_flattened_by_name():
+    from functools import partial
+
+    from dprl.envs.observe import flatten
+
+    envs = vec("Named-v0", observe=partial(flatten, keys=["goal", "place"]))
+    assert envs.obs_shape == [4]
+    assert envs.reset(seeds=[0, 1])[0, 0].tolist() == [3, 4, 1, 2]
+    with pytest.raises(UserError, match=r"\['place', 'goal', 'unused'\]|\['goal', 'place', 'unused'\]"):
+        vec("Named-v0", observe=partial(flatten, keys=["goal", "pose"]))
+    with pytest.raises(UserError, match="null for this environment"):
+        vec("Counter-v0", observe=partial(flatten, keys=["goal"]))
+
+
+def test_actions_are_cut_to_the_bounds():
+    envs = vec("Counter-v0", num_envs=1, info_keys=["act"])
+    envs.reset(seeds=[0])
+    assert envs.step(np.full((1, 4, 1), 7.0)).info["act"][0] == 1.0
+
+
+def last_two(t: rewards.Transition) -> np.ndarray:
+    return (t.act - t.prev_act)[:, 0]
+
+
+def from_info(t: rewards.Transition) -> np.ndarray:
+    return t.info["act"]
+
+
+def test_the_reward_replaces_the_tasks_and_sees_the_action_before_across_chunks():
+    terms = {"change": {"_target_": "test_envs.last_two", "weight": 1.0}, "info": {"_target_": "test_envs.from_info", "weight": 100.0}}
+    envs = vec("Counter-v0", num_envs=1, reward=rewards.from_config(terms))
+    envs.reset(seeds=[0])
+    first = envs.step(np.array([[[0.5], [0.5], [0.0], [0.25]]]))
+    np.testing.assert_allclose(first.rew[0], [50, 50, -0.5, 25.25])
+    second = envs.step(np.array([[[1.0], [1.0], [1.0], [1.0]]]))
+    np.testing.assert_allclose(second.rew[0], [100.75, 100, 100, 100])
+    assert first.task_return[0] == 10  # the task's own reward is kept beside
+    np.testing.assert_allclose(first.terms[0], [-0.25, 125])
+
+
+BAD = {
+    "no environments": (dict(num_envs=0), "num_envs of at least 1"),
+    "backend": (dict(backend="threads"), "sync or async"),
+    "success key": (dict(success_key="sucess"), r"a key of info: \['act', 'success'\]"),
+    "unknown id": (dict(id="Nothing-v0"), "task.env.id=Nothing-v0 cannot be made"),
+    "unknown module": (dict(id="no_module:Counter-v0"), "cannot be made"),
+    "bad kwargs": (dict(kwargs={"ned": 3}), "cannot be made"),
+    "no time limit": (dict(id="Endless-v0"), "task.env.max_episode_steps=1000"),
+    "discrete actions": (dict(id="CartPole-v1", success_key=None), "continuous actions"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tasks_are_named(name):
+    changes, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        vec(**({"id": "Counter-v0"} | changes))
+
+
+def test_an_endless_environment_with_a_limit_given():
+    envs = vec("Endless-v0", max_episode_steps=3, num_envs=1)
+    envs.reset(seeds=[0])
+    assert envs.step(np.ones((1, 4, 1))).truncated[0]

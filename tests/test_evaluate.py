@@ -1,0 +1,103 @@
+"""Whole episodes on fixed seeds."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import diffusion, vec
+from scipy.stats import binomtest
+from test_envs import Constant
+
+from dprl.evaluate import Evaluation, bootstrap, difference, evaluate, wilson
+
+
+class Aimer(torch.nn.Module):
+    """Acts what it sees: every episode succeeds."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, obs):
+        return obs[:, -1:].expand(-1, 4, 1), {}
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 20])
+def test_every_seed_is_run_once_however_many_environments(num_envs):
+    envs = vec("Aim-v0", num_envs=num_envs, act_steps=3, trace=True)
+    result = evaluate(Constant(0.2, 3), envs, range(100, 113))
+    assert (len(result.seeds), len(result.returns), len(result.traces)) == (13, 13, 13)
+    goals = [trace[0, 0] for trace in result.traces]
+    expected = [np.random.Generator(np.random.PCG64(np.random.SeedSequence(s))).uniform(-1, 1) for s in range(100, 113)]
+    np.testing.assert_allclose(goals, expected, rtol=1e-6)
+    np.testing.assert_array_equal(result.success, [abs(goal - 0.2) < 0.3 for goal in expected])
+    np.testing.assert_array_equal(result.lengths, 4)
+    assert all(len(trace) == 4 for trace in result.traces)
+
+
+def test_it_disturbs_neither_the_generator_nor_the_mode():
+    policy = diffusion().train()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = evaluate(policy, vec("Aim-v0"), range(6))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert policy.training
+    torch.manual_seed(99)
+    second = evaluate(policy, vec("Aim-v0"), range(6))
+    np.testing.assert_array_equal(first.returns, second.returns)
+
+
+def test_short_episodes_are_not_favoured():
+    envs = vec("Counter-v0", kwargs={"end": 7}, num_envs=4, act_steps=4)
+    result = evaluate(Constant(), envs, range(9))
+    np.testing.assert_array_equal(result.returns, np.full(9, 28.0))
+
+
+def test_summary():
+    result = evaluate(Aimer(), vec("Aim-v0"), range(10))
+    summary = result.summary()
+    assert (summary["success"], summary["return"], summary["n"], summary["length"]) == (1.0, 1.0, 10, 4.0)
+    assert summary["success_ci95"] == wilson(10, 10)
+    no_success = evaluate(Aimer(), vec("Aim-v0", success_key=None), range(4)).summary()
+    assert no_success["success"] is no_success["success_ci95"] is None
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (7, 10), (10, 10), (390, 400)])
+def test_wilson_against_scipy(k, n):
+    theirs = binomtest(k, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(wilson(k, n), [theirs.low, theirs.high], atol=1e-9)
+
+
+def test_bootstrap_covers_the_normal_interval():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = bootstrap(values)
+    half = 1.96 * values.std() / 20
+    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.03)
+
+
+def test_a_paired_difference_is_narrower_than_an_unpaired_one():
+    rng = np.random.default_rng(0)
+    before = rng.normal(0, 10, 200)
+    gain = difference(before, before + 1 + rng.normal(0, 0.1, 200))
+    assert gain["mean"] == pytest.approx(1, abs=0.05)
+    assert gain["ci95"][1] - gain["ci95"][0] < 0.1
+
+
+def test_modes_count_the_ways_of_solved_episodes():
+    result = Evaluation(
+        seeds=list(range(6)),
+        returns=np.ones(6),
+        lengths=np.ones(6, int),
+        success=np.array([1, 1, 1, 1, 0, 1], bool),
+        info={"route": np.array([3.0, 3, 5, 5, 7, 3])},
+    )
+    modes = result.modes("route")
+    assert (modes["count"], modes["episodes"]) == (2, {"3": 3, "5": 2})
+    assert modes["entropy"] == pytest.approx(-(0.6 * np.log(0.6) + 0.4 * np.log(0.4)))
+
+
+def test_score_prefers_success_then_return():
+    def scored(success, returns):
+        return Evaluation([0, 1], np.array(returns), np.ones(2, int), np.array(success, bool)).score()
+
+    assert scored([1, 1], [0.0, 0.0]) > scored([1, 0], [100.0, 100.0])
+    assert scored([1, 0], [2.0, 2.0]) > scored([1, 0], [1.0, 2.0])

@@ -1,0 +1,131 @@
+"""Rules of the house that a reader should be able to rely on."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import hydra
+import pytest
+from conftest import ROOT
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+CONFIGS = ROOT / "configs"
+PROGRAMS = ("pretrain", "finetune", "demonstrations")
+GROUPS = sorted(path.relative_to(CONFIGS) for path in CONFIGS.glob("*/*.yaml"))
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_dprl_never_imports_algos():
+    for path in (ROOT / "dprl").rglob("*.py"):
+        assert not any(name.split(".")[0] == "algos" for name in imports(path)), path
+
+
+def test_generic_code_names_no_algorithm():
+    names = [path.stem for path in (ROOT / "algos").glob("*.py") if path.stem != "__init__"]
+    for path in [*(ROOT / "dprl").rglob("*.py"), ROOT / "pretrain.py"]:
+        words = ast.dump(ast.parse(path.read_text())).lower()
+        assert not [name for name in names if f"'{name}'" in words], path
+
+
+def test_importing_dprl_stays_light():
+    code = (
+        "import sys, pkgutil, importlib, dprl\n"
+        "for m in pkgutil.walk_packages(dprl.__path__, 'dprl.'): importlib.import_module(m.name)\n"
+        "print([m for m in ('ray', 'wandb', 'stable_baselines3', 'matplotlib', 'tensorboard', 'algos') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, dprl.cli; print([m for m in ('torch', 'gymnasium', 'mujoco', 'scipy', 'h5py') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def compose(program: str, *overrides: str):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose(program, list(overrides))
+
+
+def programs_of(group: str) -> list[str]:
+    """Programs whose defaults list names the group."""
+    return [
+        name
+        for name in PROGRAMS
+        if any(group in entry for entry in OmegaConf.load(CONFIGS / f"{name}.yaml").defaults if not isinstance(entry, str))
+    ]
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=str)
+def test_every_yaml_composes_and_instantiates(path):
+    group, name = path.parent.name, path.stem
+    if group == "tuned":
+        task, what = name.rsplit("_", 1)
+        cfg = compose("pretrain", f"task={task}") if what == "clone" else compose("finetune", f"task={task}", f"algo={what}", "name=x")
+        settings = OmegaConf.load(CONFIGS / path)
+        for key in _leaves(settings):
+            assert OmegaConf.select(cfg, key) == OmegaConf.select(settings, key), key
+        return
+    assert programs_of(group), f"no program has the group {group}"
+    for program in programs_of(group):
+        cfg = compose(program, f"{group}={name}", *(["name=x"] if program == "finetune" else []))
+        if group in ("reward", "data", "logger"):
+            assert cfg[group]
+            continue
+        if group == "policy":
+            cfg.policy.obs_shape, cfg.policy.act_dim = [4], 2
+        for node in [cfg.task.env, cfg.task.expert, cfg.task.plot] if group == "task" else [cfg[group]]:
+            assert node is None or callable(instantiate(node, _convert_="all"))
+
+
+def _leaves(node, prefix="") -> list[str]:
+    out = []
+    for key, value in node.items():
+        out += _leaves(value, f"{prefix}{key}.") if OmegaConf.is_dict(value) else [f"{prefix}{key}"]
+    return out
+
+
+def test_everything_pinned_is_declared_and_torch_is_among_it():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for requirement in declared:
+        name = requirement.split(">")[0].split("[")[0]
+        assert name in pins, name
+    assert not any(name.startswith("nvidia") for name in pins)
+
+
+@pytest.mark.slow
+def test_a_wheel_works_outside_the_clone(tmp_path):
+    build = "import hatchling.build, sys; print(hatchling.build.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True)
+    wheel = tmp_path / done.stdout.split()[-1]
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert (site / "dprl/configs/finetune.yaml").is_file()
+    entry = next(site.glob("*.dist-info/entry_points.txt")).read_text()
+    assert "dprl-pretrain = pretrain:main" in entry
+    code = "import sys; sys.path = [p for p in sys.path if p != {root!r}]; sys.path.insert(0, {site!r}); sys.argv = {argv!r}; import finetune; finetune.main()"
+    argv = ["dprl-finetune", "policy_from=nowhere"]
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(root=str(ROOT), site=str(site), argv=argv)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": ""},
+    )
+    assert done.returncode == 2
+    assert "nothing to load at nowhere" in done.stderr

@@ -1,0 +1,72 @@
+"""Small environments with known answers."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class Counter(gym.Env):
+    """Observes (episode, step); reward is the step's number; terminates after ``end`` steps if that is given."""
+
+    def __init__(self, end: int | None = None):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.end, self.episode, self.steps = end, -1, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.steps = self.episode + 1, 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.steps += 1
+        over = self.steps == self.end
+        return self._obs(), float(self.steps), over, False, {"success": over, "act": float(action[0])}
+
+    def _obs(self):
+        return np.array([self.episode, self.steps], float)
+
+
+class Aim(gym.Env):
+    """Four steps; every action must lie within ``tolerance`` of the observed number for success, which is all the reward."""
+
+    def __init__(self, tolerance: float = 0.3):
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float64)
+        self.action_space = spaces.Box(-2, 2, (1,), np.float32)
+        self.tolerance = tolerance
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.goal, self.steps, self.good = self.np_random.uniform(-1, 1, 1), 0, True
+        return self.goal, {}
+
+    def step(self, action):
+        self.steps += 1
+        self.good &= bool(abs(action[0] - self.goal[0]) < self.tolerance)
+        success = self.good and self.steps == 4
+        return self.goal, float(success), self.steps == 4, False, {"success": success}
+
+
+class Named(gym.Env):
+    """Observes a dictionary."""
+
+    def __init__(self):
+        box = spaces.Box(-1, 1, (2,), np.float64)
+        self.observation_space = spaces.Dict({"place": box, "goal": box, "unused": box})
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._obs(), {}
+
+    def step(self, action):
+        return self._obs(), 0.0, False, False, {"success": False}
+
+    def _obs(self):
+        return {"place": np.array([1.0, 2.0]), "goal": np.array([3.0, 4.0]), "unused": np.array([5.0, 6.0])}
+
+
+gym.register("Counter-v0", Counter, max_episode_steps=10)
+gym.register("Endless-v0", Counter)
+gym.register("Aim-v0", Aim, max_episode_steps=10)
+gym.register("Named-v0", Named, max_episode_steps=10)

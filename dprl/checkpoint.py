@@ -117,6 +117,6 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Loaded:
 def load_trainer(folder: Path) -> dict[str, Any]:
     """The trainer's state that was saved beside the actor."""
     try:
-        return torch.load(folder / "trainer.pt", weights_only=True)
+        return torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError) as error:
         raise UserError(f"{folder}/trainer.pt cannot be read: {error}") from None

@@ -13,7 +13,7 @@ from dprl.data.windows import Order, Windows
 from dprl.envs.vector import check_fits
 from dprl.evaluate import FINALS, Evaluation, evaluate
 from dprl.files import write_json
-from dprl.log import Metrics
+from dprl.log import Metrics, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
 from dprl.versions import versions
@@ -114,7 +114,7 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
         total=cfg.train.steps,
         unit="step",
         shown=("loss", "validation/loss", "evaluation/success", "evaluation/return"),
-        step=cloner.step,
+        step=planned.step,
         done=cloner.step,
         seconds=seconds,
     )
@@ -128,7 +128,7 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
         if last or cloner.step % save_every == 0:
             if held_windows:
                 values["validation/loss"] = cloner.validate(held_windows)
-            if not last and cfg.evaluation.episodes:
+            if cfg.evaluation.episodes:
                 seeds = range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)
                 values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
         metrics.log(values, step=cloner.step, done=cloner.step)
@@ -155,6 +155,7 @@ def write_result(folder: Path, cfg: DictConfig, final: Evaluation, *, seconds: f
         "gradient_steps": cfg.train.steps,
         "train_seconds": seconds,
         "bc": summary,
+        "curve": curve(folder, "evaluation/"),
         "config": run.plain(cfg),
         "versions": versions(),
     }

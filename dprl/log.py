@@ -63,20 +63,41 @@ class TensorBoard:
         self.writer.close()
 
 
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path, prefix: str) -> list[dict[str, Any]]:
+    """What a run said under ``prefix/`` as it went: ``step``, ``env_steps`` where there are any, and those values."""
+    kept = [{k: v for k, v in line.items() if k in ("step", "env_steps") or k.startswith(prefix)} for line in read(run)]
+    return [point for point in kept if any(key.startswith(prefix) for key in point)]
+
+
 class Metrics:
     """The live line, metrics.jsonl and the logger, fed once an iteration.
 
-    ``total`` counts in ``unit``; ``shown`` are the keys that stand on the live line. On resuming at ``step``, lines of
-    metrics.jsonl from after it are dropped: those iterations are run again. ``done`` and ``seconds``: what earlier sittings did and took.
+    ``total`` counts in ``unit``; ``shown`` are the keys that stand on the live line. ``step`` is what the run is resumed
+    at, or None: lines of metrics.jsonl from after it are dropped, since those iterations are run again. ``done`` and
+    ``seconds`` are what earlier sittings did and took.
     """
 
     def __init__(
-        self, run: Path, logger: Logger, *, total: int, unit: str, shown: tuple[str, ...], step: int, done: int = 0, seconds: float = 0.0
+        self,
+        run: Path,
+        logger: Logger,
+        *,
+        total: int,
+        unit: str,
+        shown: tuple[str, ...],
+        step: int | None,
+        done: int = 0,
+        seconds: float = 0.0,
     ):
         self.path, self.logger, self.shown = run / "metrics.jsonl", logger, shown
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept))
+            lines = self.path.read_text().splitlines(True) if step is not None else []
+            self.path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
         self.file = self.path.open("a")
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
@@ -97,7 +118,7 @@ class Metrics:
         """Time the run has taken, earlier sittings included."""
         return time.perf_counter() - self.start
 
-    def log(self, metrics: Mapping[str, float], *, step: int, done: int) -> None:
+    def log(self, metrics: Mapping[str, float], *, step: int | None, done: int) -> None:
         """``step`` is the iteration; ``done`` how much of ``total`` lies behind."""
         self.latest |= metrics
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}

@@ -13,7 +13,7 @@ from dprl.envs.vector import VecEnv, check_fits
 from dprl.errors import found
 from dprl.evaluate import FINALS, Evaluation, difference, evaluate
 from dprl.files import write_json
-from dprl.log import Metrics
+from dprl.log import Metrics, curve
 from dprl.report import write_comparison
 from dprl.versions import versions
 
@@ -106,13 +106,12 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         total=100,
         unit="%",
         shown=shown,
-        step=tuner.iteration,
+        step=planned.step,
         done=int(100 * algo.progress(collector)),
         seconds=seconds,
     )
     if planned.step is None:
-        first = before.metrics("validation") | {"env_steps": 0.0}
-        metrics.log(first, step=0, done=0)
+        metrics.log(tuner.validate().metrics("validation") | {"env_steps": 0.0}, step=0, done=0)
     tuner.begin()
     for values, due in tuner.iterations():
         values |= collector.metrics()
@@ -155,6 +154,7 @@ def comparison(cfg: DictConfig, tuner: Tuner, before: Evaluation, after: Evaluat
         "bc": side(before),
         "tuned": side(after),
         "gain": gain,
+        "curve": curve(tuner.folder, "validation/"),
         "config": run.plain(cfg),
         "versions": versions(),
     }

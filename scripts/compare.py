@@ -4,11 +4,10 @@ python scripts/compare.py runs/avoid-dppo-0 runs/avoid-bc-0 [--out runs/compare]
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from dprl import report
+from dprl import log, report
 from dprl.errors import UserError, found
 from dprl.files import read_json, replacing
 
@@ -17,8 +16,7 @@ def read(run: Path) -> tuple[dict, list[dict]]:
     """A run's result and its lines of metrics."""
     if not (run / "result.json").is_file():
         raise found(f"{run} has no result", "the folder of a run that ended", "no result.json", f"resume={run} to end it, or leave it out")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return read_json(run / "result.json"), lines
+    return read_json(run / "result.json"), log.read(run)
 
 
 def compare(runs: list[Path], out: Path, key: str | None) -> None:

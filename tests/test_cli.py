@@ -21,6 +21,24 @@ TUNE = ["evaluation.num_envs=4", "evaluation.final_episodes=6", "evaluation.epis
 DPPO = [*TUNE, "algo=dppo", "algo.env_steps=1200", "algo.chunks=8", "algo.actor.tuned_steps=2", "algo.epochs=2"]
 
 
+STOPPED = """  # a program that is interrupted right after its first checkpoint
+import dprl.checkpoint as checkpoint
+
+keep = checkpoint.keep
+
+
+def stop(*arguments):
+    keep(*arguments)
+    raise KeyboardInterrupt
+
+
+checkpoint.keep = stop
+import {0}
+
+{0}.main()
+"""
+
+
 @pytest.fixture
 def cloned(command, tmp_path, cloned_once):
     """A folder with demonstrations and a cloned policy in it."""
@@ -94,8 +112,7 @@ def test_pretraining_interrupted_and_resumed_is_bit_identical(command, cloned):
     assert weights(part) == weights(whole)  # same seed, same weights
     assert metrics(part) == metrics(whole)
     shutil.rmtree(part)
-    script = "import dprl.checkpoint as c; keep = c.keep\ndef stop(*a):\n keep(*a); raise KeyboardInterrupt\nc.keep = stop\nimport pretrain; pretrain.main()"
-    (cloned / "stopped.py").write_text(script)
+    (cloned / "stopped.py").write_text(STOPPED.format("pretrain"))
     stopped = command(str(cloned / "stopped.py"), *CLONE, "out=runs/part", status=130)
     assert "resume=" in stopped.stderr
     assert steps(part) == [20]
@@ -106,8 +123,7 @@ def test_pretraining_interrupted_and_resumed_is_bit_identical(command, cloned):
 
 def test_finetuning_interrupted_and_resumed_is_bit_identical(command, cloned):
     command("finetune.py", *DPPO, "out=runs/whole")
-    script = "import dprl.checkpoint as c; keep = c.keep\ndef stop(*a):\n keep(*a); raise KeyboardInterrupt\nc.keep = stop\nimport finetune; finetune.main()"
-    (cloned / "stopped.py").write_text(script)
+    (cloned / "stopped.py").write_text(STOPPED.format("finetune"))
     command(str(cloned / "stopped.py"), *DPPO, "out=runs/part", status=130)
     assert steps(cloned / "runs/part") == [2]
     command("finetune.py", *DPPO, "out=runs/part", status=2)

@@ -118,7 +118,10 @@ def test_a_wheel_works_outside_the_clone(tmp_path):
     assert (site / "dprl/configs/finetune.yaml").is_file()
     entry = next(site.glob("*.dist-info/entry_points.txt")).read_text()
     assert "dprl-pretrain = pretrain:main" in entry
-    code = "import sys; sys.path = [p for p in sys.path if p != {root!r}]; sys.path.insert(0, {site!r}); sys.argv = {argv!r}; import finetune; finetune.main()"
+    code = (
+        "import sys; sys.path = [{site!r}, *(p for p in sys.path if p != {root!r})]; sys.argv = {argv!r}\n"
+        "import finetune; assert finetune.__file__.startswith({site!r}); finetune.main()"
+    )
     argv = ["dprl-finetune", "policy_from=nowhere"]
     done = subprocess.run(
         [sys.executable, "-c", code.format(root=str(ROOT), site=str(site), argv=argv)],

@@ -87,6 +87,5 @@ def write(cfg: DictConfig, overrides: list[str]) -> None:
     expert = setup.construct(cfg.task.expert, "task.expert", seed=cfg.seed)
     episodes, failed = demonstrate(expert, envs, cfg.episodes, cfg.seed)
     d4rl.save(out, episodes)
-    print(
-        f"{out}: {len(episodes)} episodes, {len(episodes.act)} steps, mean return {episodes.returns.mean():.4g}; the expert failed {failed} more"
-    )
+    summary = f"{len(episodes)} episodes, {len(episodes.act)} steps, mean return {episodes.returns.mean():.4g}"
+    print(f"{out}: {summary}; the expert failed {failed} more")

@@ -1,0 +1,132 @@
+"""Writes the tables of README.md and docs/ from results/*.json.
+
+    python scripts/results.py            # rewrites what stands between the markers
+    python scripts/results.py --check    # status 1 if a table is out of date
+"""
+
+import argparse
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dprl.files import read_json, replacing
+from dprl.report import interval, markdown
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "mse": "MSE regression",
+    "bc_noise": "BC, noise prediction",
+    "bc_v": "BC, v prediction",
+    "bc": "BC, clean-chunk prediction",
+    "dppo": "DPPO",
+    "dppo_ways": "DPPO with the regulariser",
+}
+ORDER = list(NAMES)
+
+
+def load() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Results by (task, algorithm), each by ascending seed."""
+    groups = defaultdict(list)
+    for path in sorted((ROOT / "results").glob("*.json")):
+        result = read_json(path)
+        if path.stem != f"{result['task']}-{result['algo']}-{result['seed']}":
+            raise SystemExit(f"{path} holds {result['task']}-{result['algo']}-{result['seed']}")
+        groups[result["task"], result["algo"]].append(result)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1]))))
+
+
+def main_table(groups: dict, algos: Iterable[str]) -> str:
+    """A row a run: BC, tuned, and the budget."""
+    rows = []
+    for (task, algo), results in groups.items():
+        if algo not in algos:
+            continue
+        for result in results:
+            before, after = result["bc"], result.get("tuned")
+            rows.append(
+                [
+                    task,
+                    NAMES[algo],
+                    str(result["seed"]),
+                    measure(before) if after else "",
+                    measure(after or before),
+                    str((after or before)["n"]),
+                    f"{result['env_steps']:,}" if after else "",
+                    f"{result['train_seconds'] / 60:.1f}",
+                ]
+            )
+    return markdown(rows, ["task", "method", "seed", "BC", "result", "episodes", "env steps", "minutes"])
+
+
+def measure(side: dict[str, Any]) -> str:
+    """Success in per cent where there is such a notion, else return, with the 95 % interval."""
+    if side["success"] is not None:
+        return interval(side["success"], side["success_ci95"], scale=100) + " %"
+    return interval(side["return"], side["return_ci95"], digits=0)
+
+
+def ways_table(groups: dict) -> str:
+    """Ways used by the successful episodes, before and after."""
+    rows = []
+    for (_, algo), results in groups.items():
+        for result in results:
+            if "tuned" in result and "modes" in result["tuned"]:
+                before, after = result["bc"]["modes"], result["tuned"]["modes"]
+                rows.append(
+                    [
+                        NAMES[algo],
+                        str(result["seed"]),
+                        measure(result["tuned"]),
+                        f"{before['count']} -> {after['count']}",
+                        f"{before['entropy']:.2f} -> {after['entropy']:.2f}",
+                        f"{result['env_steps']:,}",
+                    ]
+                )
+    return markdown(rows, ["method", "seed", "success, 95 % CI", "ways used", "entropy, nats", "env steps"])
+
+
+def cloning_table(groups: dict) -> str:
+    """Success of each cloned policy along its training."""
+    rows = []
+    for (task, algo), results in groups.items():
+        for result in results:
+            if task == "avoid" and "tuned" not in result:
+                curve = ", ".join(f"{100 * point['evaluation/success']:.0f}" for point in result["curve"])
+                ways = str(result["bc"]["modes"]["count"])
+                rows.append([NAMES[algo], str(result["seed"]), curve, measure(result["bc"]), ways, f"{result['train_seconds'] / 60:.1f}"])
+    return markdown(rows, ["policy", "seed", "success % along training", "success at the end, 95 % CI", "ways used", "minutes"])
+
+
+def filled(text: str, marker: str, table: str) -> str:
+    """``text`` with ``table`` between its markers."""
+    pattern = re.compile(f"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"no <!-- {marker} --> ... <!-- /{marker} --> to fill")
+    return pattern.sub(lambda match: f"{match[1]}{table}{match[2]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
+    check = parser.parse_args().check
+    groups = load()
+    tables = {
+        "README.md": {"results": main_table(groups, ("mse", "dppo"))},
+        "docs/cloning.md": {"results": cloning_table(groups)},
+        "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups)},
+    }
+    for name, parts in tables.items():
+        old = new = (ROOT / name).read_text()
+        for marker, table in parts.items():
+            new = filled(new, marker, table)
+        if new != old and check:
+            raise SystemExit(f"{name} is out of date: python scripts/results.py")
+        if new != old:
+            with replacing(ROOT / name) as path:
+                path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

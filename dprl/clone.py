@@ -136,11 +136,12 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
             trainer = cloner.state_dict() | {"seconds": metrics.seconds}
             checkpoint.save(checkpoint.at(folder, cloner.step), cloner.averaged, node=node, task=cfg.task.name, trainer=trainer)
             checkpoint.keep(folder, cloner.step, None)
+    seconds = metrics.seconds
     metrics.close()
     first = cfg.evaluation.seed + FINALS
     final = evaluate(cloner.averaged, envs, range(first, first + cfg.evaluation.final_episodes))
     envs.close()
-    write_result(folder, cfg, final, seconds=metrics.seconds)
+    write_result(folder, cfg, final, seconds=seconds)
     return folder
 
 

@@ -121,13 +121,14 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         metrics.log(values, step=tuner.iteration, done=int(100 * algo.progress(collector)))
         if due:
             tuner.save(validation.score(), metrics.seconds)
+    seconds = metrics.seconds
     metrics.close()
     train_envs.close()
 
     best = checkpoint.load(folder, device=device)
     after = evaluate(best.actor, envs, finals)
     envs.close()
-    result = comparison(cfg, tuner, before, after, best_path=best.path, seconds=metrics.seconds)
+    result = comparison(cfg, tuner, before, after, best_path=best.path, seconds=seconds)
     write_json(folder / "result.json", result)
     write_comparison(folder, result, before, after, cfg.task.plot and setup.construct(cfg.task.plot, "task.plot"))
     return folder

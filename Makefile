@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := $(VENV)/bin
-RUNS ?= runs/demo
-SEED ?= 0
+RUNS := runs/demo
+SEED := 0
 
 .PHONY: demo test quick check lock install
 
@@ -23,10 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	@rm -rf $(RUNS)
-	$(BIN)/python scripts/demonstrations.py seed=$(SEED) out=$(RUNS)/demonstrations.hdf5
-	$(BIN)/python pretrain.py seed=$(SEED) data.path=$(RUNS)/demonstrations.hdf5 out=$(RUNS)/bc
-	$(BIN)/python finetune.py algo=dppo seed=$(SEED) policy_from=$(RUNS)/bc out=$(RUNS)/dppo
+	test -f $(RUNS)/demonstrations.hdf5 || $(BIN)/python scripts/demonstrations.py seed=$(SEED) out=$(RUNS)/demonstrations.hdf5
+	$(BIN)/python pretrain.py seed=$(SEED) data.path=$(RUNS)/demonstrations.hdf5 out=$(RUNS)/bc resume=auto
+	$(BIN)/python finetune.py algo=dppo seed=$(SEED) policy_from=$(RUNS)/bc out=$(RUNS)/dppo resume=auto
 
 test: install
 	$(BIN)/python -m pytest

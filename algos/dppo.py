@@ -49,10 +49,21 @@ class ChainActor(nn.Module):
                 tuned_steps,
                 f"algo.actor.tuned_steps={min(10, steps)}",
             )
+        if min_std <= 0:
+            raise found(
+                "algo.actor.min_std is no noise", "more than 0: the last step has none of its own", min_std, "algo.actor.min_std=0.1"
+            )
         self.base = frozen(policy)
-        self.tuned = policy
+        self.tuned = policy.eval()
+        self.obs_shape, self.act_dim = policy.obs_shape, policy.act_dim
+        self.obs_steps, self.act_steps = policy.obs_steps, policy.act_steps
         self.first = steps - tuned_steps
         self.min_std, self.noise_limit = min_std, noise_limit
+
+    def train(self, mode: bool = True) -> "ChainActor":
+        """Explores, or not. The networks stay as they act: with dropout, the first PPO ratio would not be 1."""
+        self.training = mode
+        return self
 
     @property
     def tuned_steps(self) -> int:
@@ -83,27 +94,28 @@ class ChainActor(nn.Module):
         density = -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
         return self.tuned.executed(density).mean((-2, -1))
 
-    def means(self, policy: DiffusionPolicy, obs: Obs, chain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gaussians(self, obs: Obs, chain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of every tuned step of ``chain`` [N, C+1, H, A], each state's steps together: what was drawn, and the
-        Gaussian it is scored with by ``policy``: x, mean [N*C, H, A], std broadcasting to them."""
+        tuned policy's Gaussian for it: x, mean [N*C, H, A], std broadcasting to them."""
         n, c = len(obs), self.tuned_steps
-        cond = policy.encode(obs).repeat_interleave(c, 0)  # [N*C, ...] encoded once a state
+        cond = self.tuned.encode(obs).repeat_interleave(c, 0)  # [N*C, ...] encoded once a state
         i = torch.arange(self.first, self.first + c, device=chain.device).repeat(n)  # [N*C]
-        mean, std = policy.reverse(chain[:, :-1].flatten(0, 1), i, cond)
+        mean, std = self.tuned.reverse(chain[:, :-1].flatten(0, 1), i, cond)
         return chain[:, 1:].flatten(0, 1), mean, std.clamp(min=self.min_std)
 
     def score(self, obs: Obs, chain: Tensor) -> Tensor:
         """Log-probabilities of every tuned step of ``chain`` [N, C+1, H, A] under the tuned policy: [N, C]."""
-        return self.log_prob(*self.means(self.tuned, obs, chain)).view(len(obs), -1)
+        return self.log_prob(*self.gaussians(obs, chain)).view(len(obs), -1)
 
     @torch.no_grad()
-    def base_chain(self, obs: Obs) -> Tensor:
-        """The tuned part of a fresh chain drawn by the base alone, exploring as the tuned policy does: [N, C+1, H, A]."""
-        x = self.start(obs)
-        steps = self.base.denoise(
-            x, self.base.encode(obs), range(self.first, len(self.base.schedule)), min_std=self.min_std, noise_limit=self.noise_limit
-        )
-        return torch.stack([x, *(step.x for step in steps)], 1)
+    def base_chain(self, obs: Obs) -> tuple[Tensor, Tensor]:
+        """The tuned part of a fresh chain drawn by the base alone, exploring as the tuned policy does: [N, C+1, H, A];
+        and the base's own means of its steps, [N*C, H, A]."""
+        x, cond = self.start(obs), self.base.encode(obs)
+        steps = range(self.first, len(self.base.schedule))
+        taken = list(self.base.denoise(x, cond, steps, min_std=self.min_std, noise_limit=self.noise_limit))
+        chain = torch.stack([x, *(step.x for step in taken)], 1)
+        return chain, torch.stack([step.mean for step in taken], 1).flatten(0, 1)
 
 
 def clip_ranges(*, first: float, last: float, rate: float, steps: int) -> Tensor:
@@ -177,6 +189,8 @@ class DPPO:
         for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
             if value < 1:
                 raise found(f"algo.{name} is too small", "at least 1", value, f"algo.{name}=1 or more")
+        if min_std_final <= 0:
+            raise found("algo.min_std_final is no noise", "more than 0", min_std_final, "algo.min_std_final=0.03")
         self.actor = actor(policy=policy)
         tuned = self.actor.tuned
         device = device_of(tuned)
@@ -205,7 +219,7 @@ class DPPO:
     def _spent(self, collect: Collect) -> bool:
         """Whether another iteration might take more environment steps than the budget holds."""
         most = collect.num_envs * self.chunks * collect.act_steps
-        return self.iteration > 0 and collect.env_steps + most > self.env_steps
+        return collect.env_steps + most > self.env_steps
 
     def train(self, collect: Collect) -> Iterator[dict[str, float]]:
         while not self._spent(collect):
@@ -303,10 +317,8 @@ class DPPO:
         Up to a constant it is -log p_tuned of those chains, the published regulariser, with the noise of one of its two
         sources taken out.
         """
-        chain = self.actor.base_chain(obs)
-        _, tuned, std = self.actor.means(self.actor.tuned, obs, chain)
-        with torch.no_grad():
-            _, base, _ = self.actor.means(self.actor.base, obs, chain)
+        chain, base = self.actor.base_chain(obs)
+        _, tuned, std = self.actor.gaussians(obs, chain)
         return (0.5 * self.actor.tuned.executed((tuned - base) / std).square()).mean()
 
     def _descend(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Algorithm(Protocol):
         ...
 
     def progress(self, collect: Collect) -> float:
-        """How much of the budget is spent, 0..1."""
+        """How much of the budget is spent, 0..1; 1 when it does not hold another iteration."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

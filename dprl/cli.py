@@ -27,8 +27,8 @@ def main(config_name: str, program: Callable[[DictConfig, list[str]], None]) -> 
     A mistake ends the process with status 2 and its message, without a traceback unless ``debug=true``.
     """
     sys.path.insert(0, str(Path.cwd()))  # so that a user's own rewards and tasks can be named from anywhere
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # our own handler below prints less, not Hydra's
-    _check_overrides(config_name)
+    if _checked(config_name):
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # what goes wrong from here on is a defect: show all of it
 
     @hydra.main(config_path=config_folder(), config_name=config_name, version_base="1.3")
     def run(cfg: DictConfig) -> None:
@@ -49,12 +49,13 @@ def _fail(message: str, status: int = 2) -> None:
     raise SystemExit(status)
 
 
-def _check_overrides(config_name: str) -> None:
-    """Composes the config once ahead of Hydra, to say in words what Hydra would say in a traceback."""
+def _checked(config_name: str) -> bool:
+    """Composes the config once ahead of Hydra, to say in words what is wrong with the command line. False where that is
+    left to Hydra: with its own flags, such as --help, --multirun and --config-dir."""
     given = sys.argv[1:]
     overrides = [arg for arg in given if not arg.startswith("-")]
     if not overrides or any(arg.startswith("-") for arg in given):
-        return  # nothing to check, or one of Hydra's own flags such as --help and --multirun
+        return not given
     with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
         try:
             hydra.compose(config_name, overrides)
@@ -62,12 +63,13 @@ def _check_overrides(config_name: str) -> None:
             if "debug=true" in overrides:
                 raise
             _fail(f"{error}{_suggest(config_name, overrides)}")
+    return True
 
 
 def _suggest(config_name: str, overrides: list[str]) -> str:
     """The keys or groups that a misspelt override may have meant."""
     known: list[str] = []
-    for kept in ([o for o in overrides if o.split("=")[0] in ("task", "algo", "policy", "reward", "data", "logger")], []):
+    for kept in ([o for o in overrides if (Path(config_folder()) / o.split("=")[0]).is_dir()], []):
         try:
             cfg = hydra.compose(config_name, kept)
         except Exception:  # the misspelt one is among these

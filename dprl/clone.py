@@ -11,12 +11,11 @@ from dprl import checkpoint, run, setup
 from dprl.data.episodes import Episodes
 from dprl.data.windows import Order, Windows
 from dprl.envs.vector import check_fits
-from dprl.evaluate import FINALS, Evaluation, evaluate
+from dprl.evaluate import evaluate, final_seeds
 from dprl.files import write_json
 from dprl.log import Metrics, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
-from dprl.versions import versions
 
 
 class Cloner:
@@ -30,7 +29,7 @@ class Cloner:
         self.windows = Windows(episodes, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device)
         policy.fit_normalizers(self.windows.obs, self.windows.act)
         self.policy = policy
-        self.ema = ema(policy, settings.ema)
+        self.ema = ema(policy, settings.ema).eval()
         self.optimizer = adamw(policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.order = Order(len(self.windows), batch=settings.batch, seed=seed)
         self.step = 0
@@ -91,74 +90,63 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     """``pretrain.py``: reads the data, trains, evaluates, saves. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
+    counts = dict(train__steps=1, train__batch=1, train__log_every=1, train__save_every=1)
+    run.check_counts(cfg, **counts, evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1)
     device = run.prepare(cfg)
     episodes: Episodes = setup.construct(cfg.data, "data")
-    sizes = {"obs_shape": list(episodes.obs.shape[1:]), "act_dim": episodes.act.shape[-1]}
+    sizes = {"obs_shape": episodes.obs_shape, "act_dim": episodes.act.shape[-1]}
     node: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"policy": sizes}).policy, resolve=True)
     kept, held = episodes.split(cfg.train.validation, cfg.seed)
     policy: ChunkPolicy = setup.construct(node, "policy").to(device)
-    envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs)
+    envs, modes = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs), setup.modes(cfg)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=episodes.source)
     cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
     held_windows = Windows(held, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device) if held else None
-    planned.begin()
-    seconds = 0.0
-    if planned.step is not None:
-        trainer = checkpoint.load_trainer(checkpoint.at(folder, planned.step))
-        cloner.load_state_dict(trainer)
-        seconds = trainer["seconds"]
+    logger = setup.logger(cfg)
 
+    planned.begin()
+    trainer = {} if planned.step is None else checkpoint.load_trainer(checkpoint.at(folder, planned.step))
+    if trainer:
+        cloner.load_state_dict(trainer)
     metrics = Metrics(
         folder,
-        setup.logger(cfg, folder),
+        logger(run=folder, config=run.plain(cfg), step=planned.step),
         total=cfg.train.steps,
         unit="step",
         shown=("loss", "validation/loss", "evaluation/success", "evaluation/return"),
         step=planned.step,
         done=cloner.step,
-        seconds=seconds,
+        seconds=trainer.get("seconds", 0.0),
     )
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{len(kept)} episodes, {len(cloner.windows)} steps from {episodes.source}; {parameters:,} parameters, {device}")
-    while cloner.step < cfg.train.steps:
-        log_every, save_every = cfg.train.log_every, cfg.train.save_every
-        due = min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, cfg.train.steps - cloner.step)
-        values = cloner.train(due)
-        last = cloner.step == cfg.train.steps
-        if last or cloner.step % save_every == 0:
-            if held_windows:
-                values["validation/loss"] = cloner.validate(held_windows)
-            if cfg.evaluation.episodes:
-                seeds = range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)
-                values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
+    log_every, save_every, total = cfg.train.log_every, cfg.train.save_every, cfg.train.steps
+    seeds = range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)
+    while cloner.step < total:
+        values = cloner.train(min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step))
+        due = cloner.step == total or cloner.step % save_every == 0
+        if due and held_windows:
+            values["validation/loss"] = cloner.validate(held_windows)
+        if due and seeds:
+            values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
         metrics.log(values, step=cloner.step, done=cloner.step)
-        if last or cloner.step % save_every == 0:
-            trainer = cloner.state_dict() | {"seconds": metrics.seconds}
-            checkpoint.save(checkpoint.at(folder, cloner.step), cloner.averaged, node=node, task=cfg.task.name, trainer=trainer)
+        if due:
+            state = cloner.state_dict() | {"seconds": metrics.seconds}
+            checkpoint.save(checkpoint.at(folder, cloner.step), cloner.averaged, node=node, task=cfg.task.name, trainer=state)
             checkpoint.keep(folder, cloner.step, None)
     seconds = metrics.seconds
     metrics.close()
-    first = cfg.evaluation.seed + FINALS
-    final = evaluate(cloner.averaged, envs, range(first, first + cfg.evaluation.final_episodes))
+
+    final = evaluate(cloner.averaged, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
     envs.close()
-    write_result(folder, cfg, final, seconds=seconds)
-    return folder
-
-
-def write_result(folder: Path, cfg: DictConfig, final: Evaluation, *, seconds: float) -> None:
-    """``result.json`` and what the user reads last."""
-    summary = final.summary() | ({"modes": final.modes(cfg.task.modes)} if cfg.task.modes else {})
     result = {
-        "task": cfg.task.name,
-        "algo": cfg.name,
-        "seed": cfg.seed,
+        **run.identity(cfg),
         "env_steps": 0,
-        "gradient_steps": cfg.train.steps,
+        "gradient_steps": total,
         "train_seconds": seconds,
-        "bc": summary,
+        "bc": final.summary(modes),
         "curve": curve(folder, "evaluation/"),
-        "config": run.plain(cfg),
-        "versions": versions(),
     }
     write_json(folder / "result.json", result)
-    print(f"{folder}: {final.describe()} after {cfg.train.steps} steps in {seconds / 60:.1f} min")
+    print(f"{folder}: {final.describe()} after {total} steps in {seconds / 60:.1f} min")
+    return folder

@@ -49,8 +49,8 @@ class Evaluation:
         rate = "" if s["success"] is None else "success {:.3f} [{:.3f}, {:.3f}], ".format(s["success"], *s["success_ci95"])
         return rate + "return {:.4g} [{:.4g}, {:.4g}], {} episodes".format(s["return"], *s["return_ci95"], s["n"])
 
-    def summary(self) -> dict[str, Any]:
-        """``success success_ci95 return return_ci95 return_std length n``."""
+    def summary(self, modes: str | None = None) -> dict[str, Any]:
+        """``success success_ci95 return return_ci95 return_std length n``, and ``modes`` told apart by that info key."""
         rate = None if self.success is None else float(self.success.mean())
         return {
             "success": rate,
@@ -60,7 +60,7 @@ class Evaluation:
             "return_std": float(self.returns.std()),
             "length": float(self.lengths.mean()),
             "n": len(self.seeds),
-        }
+        } | ({} if modes is None else {"modes": self.modes(modes)})
 
     def modes(self, key: str) -> dict[str, Any]:
         """How many ways the successful episodes used, by the number that ``info[key]`` gives each: count, entropy (nats)."""
@@ -73,6 +73,11 @@ class Evaluation:
             "entropy": float(-(share * np.log(share)).sum()),
             "episodes": {str(way): int(count) for way, count in zip(ways, counts, strict=True)},
         }
+
+
+def final_seeds(first: int, episodes: int) -> range:
+    """Seeds of a run's final episodes; ``first`` is that of those it is watched or chosen by."""
+    return range(first + FINALS, first + FINALS + episodes)
 
 
 def evaluate(actor: nn.Module, envs: VecEnv, seeds: Sequence[int]) -> Evaluation:
@@ -100,7 +105,6 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
     pieces: list[list[np.ndarray]] = [[] for _ in range(total)]
     obs = envs.reset(seeds=[seeds[e] if e < total else 0 for e in episode])
     if n > total:
-        obs = envs.reset(seeds=[0] * n, mask=episode >= total)
         envs.rest(episode >= total)
     following = n
     while (episode < total).any():

@@ -27,6 +27,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             if part.is_file():
                 with part.open("rb") as file:
                     os.fsync(file.fileno())
+        if temporary.is_dir() and path.exists():
+            raise FileExistsError(f"{path} exists")
         temporary.replace(path)
     finally:
         _remove(temporary)

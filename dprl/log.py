@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -10,9 +11,14 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from dprl.errors import found
+
 
 class Logger(Protocol):
-    """Built with ``run`` (its folder) and ``config`` (a dictionary) besides its own settings."""
+    """Built with ``run`` (its folder), ``config`` and ``step`` (resumed at, or None) besides its own settings.
+
+    ``require()`` imports the package behind it, so that a missing one is told before a run begins.
+    """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
@@ -22,7 +28,11 @@ class Logger(Protocol):
 class Nothing:
     """``logger=none``: metrics.jsonl is all."""
 
-    def __init__(self, *, run: Path, config: Mapping[str, Any]):
+    def __init__(self, *, run: Path, config: Mapping[str, Any], step: int | None):
+        pass
+
+    @staticmethod
+    def require() -> None:
         pass
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -33,12 +43,20 @@ class Nothing:
 
 
 class Wandb:
-    """Weights & Biases; ``mode=offline`` needs no account and no network."""
+    """Weights & Biases; ``mode=offline`` needs no account and no network. A resumed run goes on under its own id."""
 
-    def __init__(self, *, run: Path, config: Mapping[str, Any], project: str, mode: str):
+    def __init__(self, *, run: Path, config: Mapping[str, Any], step: int | None, project: str, mode: str):
         import wandb
 
-        self.run = wandb.init(project=project, mode=mode, name=run.name, id=run.name, resume="allow", dir=run, config=dict(config))  # type: ignore[arg-type]
+        name = run / "wandb_id"
+        if not name.is_file():
+            name.write_text(secrets.token_hex(6))
+        settings: Any = dict(project=project, mode=mode, name=run.name, id=name.read_text(), resume="allow", dir=run)
+        self.run = wandb.init(**settings, config=dict(config))
+
+    @staticmethod
+    def require() -> None:
+        import wandb  # noqa: F401
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.run.log(dict(metrics), step=step)
@@ -50,10 +68,14 @@ class Wandb:
 class TensorBoard:
     """Event files in the run's folder."""
 
-    def __init__(self, *, run: Path, config: Mapping[str, Any]):
+    def __init__(self, *, run: Path, config: Mapping[str, Any], step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / "tensorboard"))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=None if step is None else step + 1)
+
+    @staticmethod
+    def require() -> None:
+        import tensorboard  # noqa: F401
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():
@@ -118,11 +140,15 @@ class Metrics:
         """Time the run has taken, earlier sittings included."""
         return time.perf_counter() - self.start
 
-    def log(self, metrics: Mapping[str, float], *, step: int | None, done: int) -> None:
-        """``step`` is the iteration; ``done`` how much of ``total`` lies behind."""
+    def log(self, metrics: Mapping[str, float], *, step: int, done: int) -> None:
+        """``step`` is the iteration; ``done`` how much of ``total`` lies behind. A number that is not finite is an error:
+        what comes after it would be worthless."""
         self.latest |= metrics
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **finite}) + "\n")
+        for key, value in metrics.items():
+            if not math.isfinite(value):
+                fix = "smaller learning rates; resume= goes on from the last checkpoint"
+                raise found(f"training diverged at step {step}", "finite numbers", f"{key} is {value}", fix)
+        self.file.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **metrics}) + "\n")
         self.file.flush()
         self.logger.log(metrics, step)
         self.bar.set_postfix({key.split("/")[-1]: f"{self.latest[key]:.3g}" for key in self.shown if key in self.latest}, refresh=False)

@@ -4,7 +4,7 @@ Letters: N batch, H horizon (predicted steps, Tp), Ta executed steps, To observe
 """
 
 import copy
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,14 @@ from dprl.normalize import MinMax, Obs, normalizer
 class Actor(Protocol):
     """From observations [N, To, O] to a chunk [N, Ta, A] in environment units, and what the update wants recorded.
 
-    An ``nn.Module``: ``train()`` makes it explore, ``eval()`` makes it act as well as it can.
+    An ``nn.Module``: ``train()`` makes it explore, ``eval()`` makes it act as well as it can. One that wraps a policy
+    tells that policy's sizes.
     """
+
+    obs_shape: Any  # sizes of an observation: a list, or a mapping from key to one
+    act_dim: int
+    obs_steps: int
+    act_steps: int
 
     def __call__(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]: ...
 

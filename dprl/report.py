@@ -10,7 +10,7 @@ from dprl.evaluate import Evaluation
 from dprl.files import replacing
 
 Draw = Callable[[Any, Evaluation], None]  # a matplotlib axis and what to draw on it
-BC, TUNED = "#8a8f98", "#1f6fb4"
+SOLVED, FAILED = "#1f6fb4", "#d1495b"
 
 
 def interval(value: float | None, ci: Sequence[float] | None, *, scale: float = 1.0, digits: int = 1) -> str:
@@ -37,9 +37,8 @@ def side_row(name: str, side: dict[str, Any], *, env_steps: int | None, seconds:
 COLUMNS = ["policy", "success %, 95 % CI", "return, 95 % CI", "ways", "episodes", "env steps", "minutes"]
 
 
-def rows(result: dict[str, Any]) -> list[list[str]]:
-    """A run's rows: its BC, if it has one, and its tuned policy, if it has one."""
-    name = f"{result['task']} {result['algo']} seed {result['seed']}"
+def rows(name: str, result: dict[str, Any]) -> list[list[str]]:
+    """A run's rows: its BC and, if it has one, its tuned policy."""
     tuned = "tuned" in result
     out = [
         side_row(
@@ -67,7 +66,7 @@ def markdown(lines: Iterable[Sequence[str]], columns: Sequence[str] = COLUMNS) -
 
 def write_comparison(folder: Path, result: dict[str, Any], before: Evaluation, after: Evaluation, draw: Draw | None) -> None:
     """``comparison.md`` and ``comparison.png`` of a run; prints the table and where both are."""
-    table = markdown(rows(result))
+    table = markdown(rows(str(folder), result))
     with replacing(folder / "comparison.md") as path:
         path.write_text(table)
     figure = before_and_after(before, after, draw or returns)
@@ -79,15 +78,15 @@ def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
     """Two panels with the same axes."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
-    for axis, evaluation, name, colour in ((axes[0], before, "BC", BC), (axes[1], after, "tuned", TUNED)):
+    for axis, evaluation, name in ((axes[0], before, "BC"), (axes[1], after, "tuned")):
         draw(axis, evaluation)
-        axis.set_title(f"{name}: {evaluation.describe()}", fontsize=9, color="black" if colour else None)
+        axis.set_title(f"{name}: {evaluation.describe()}", fontsize=9)
     return figure
 
 
 def returns(axis: Any, evaluation: Evaluation) -> None:
     """A histogram of episode returns."""
-    axis.hist(evaluation.returns, bins=20, color=TUNED)
+    axis.hist(evaluation.returns, bins=20, color=SOLVED)
     axis.set(xlabel="return of an episode", ylabel="episodes")
 
 
@@ -97,12 +96,12 @@ def paths(axis: Any, evaluation: Evaluation, *, columns: list[int], field: Calla
     solved = np.ones(len(evaluation.seeds), bool) if evaluation.success is None else evaluation.success
     for trace, success in list(zip(evaluation.traces, solved, strict=True))[:most]:
         x, y = trace[:, columns].T
-        axis.plot(x, y, color=TUNED if success else "#d1495b", lw=0.7, alpha=0.55)
-        axis.plot(x[-1], y[-1], ".", color=TUNED if success else "#d1495b", ms=3)
+        axis.plot(x, y, color=SOLVED if success else FAILED, lw=0.7, alpha=0.55)
+        axis.plot(x[-1], y[-1], ".", color=SOLVED if success else FAILED, ms=3)
 
 
 def curves(runs: dict[str, list[dict[str, Any]]], key: str) -> Any:
-    """``key`` of metrics.jsonl against environment steps and against minutes, a line a run."""
+    """``key`` of metrics.jsonl against environment steps and against minutes, a line a run that has it."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for name, lines in runs.items():

@@ -88,6 +88,10 @@ class WeightedSum:
                     list(value.shape),
                     "reduce over the last axis only, e.g. .mean(-1)",
                 )
+            if not np.isfinite(value).all():
+                raise found(
+                    f"reward term '{name}' is not finite", "numbers", value[~np.isfinite(value)][0], "guard its divisions and logarithms"
+                )
             out[:, column] = weight * value
         return out
 
@@ -105,16 +109,25 @@ def from_config(terms: Mapping[str, Mapping[str, Any]]) -> WeightedSum:
 
     built = {}
     for name, term in terms.items():
-        term = dict(term)
         where = f"reward.terms.{name}"
-        if "_target_" not in term or "weight" not in term:
-            raise found(f"{where} is incomplete", "_target_ (a function) and weight", sorted(map(str, term)), f"+{where}.weight=1.0")
+        if not isinstance(term, Mapping) or "_target_" not in term or "weight" not in term:
+            got = sorted(map(str, term)) if isinstance(term, Mapping) else term
+            raise found(f"{where} is incomplete", "_target_ (a function) and weight", got, f"+{where}.weight=1.0")
+        term = dict(term)
         weight = term.pop("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise found(f"{where}.weight is no number", "such as 1.0", weight, f"{where}.weight=1.0")
         try:
             function = instantiate({**term, "_partial_": True, "_convert_": "all"})
         except InstantiationException as error:
+            cause = error.__cause__ or error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
             raise found(
-                f"{where}._target_ cannot be imported", "module.function, on the Python path", term["_target_"], str(error).splitlines()[-1]
+                f"{where}._target_ cannot be imported",
+                "module.function, on the Python path",
+                f"{term['_target_']}: {type(cause).__name__}: {cause}",
+                f"correct the name, or the module, and run where it can be imported: {where}._target_=...",
             ) from None
         _check_signature(where, function, [key for key in term if not key.startswith("_")])
         built[name] = (weight, function)

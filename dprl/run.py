@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dprl import checkpoint
 from dprl.errors import UserError, found
-from dprl.files import read_json, write_json
+from dprl.files import read_json, replacing, write_json
+from dprl.versions import versions
 
 UNSAVED = ("resume", "debug")  # keys that say how to run, not what
 
@@ -22,6 +23,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in UNSAVED}
 
 
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What every ``result.json`` tells of how it came about."""
+    return {"task": cfg.task.name, "algo": cfg.name, "seed": cfg.seed, "config": plain(cfg), "versions": versions()}
+
+
 @dataclass(frozen=True)
 class Planned:
     """A run that nothing has been written of yet: its folder, the config to go by, the step to resume at or None."""
@@ -29,12 +35,18 @@ class Planned:
     folder: Path
     cfg: DictConfig
     step: int | None
+    started: bool
 
     def begin(self) -> None:
-        """Makes the folder, with the config in it, unless the run is resumed."""
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
-            write_json(self.folder / "config.json", plain(self.cfg))
+        """Makes the folder, with the config in it, unless the run has one."""
+        if self.started:
+            return
+        try:
+            with replacing(self.folder) as folder:
+                folder.mkdir()
+                write_json(folder / "config.json", plain(self.cfg))
+        except OSError as error:
+            raise found(f"{self.folder} cannot be made", "a new folder", error, "out=runs/<another name>") from None
 
 
 def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
@@ -55,8 +67,16 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             )
         if not (folder / "config.json").is_file():
             raise found("nothing to resume", "a run's folder", f"no config.json in {folder}", "resume=runs/<run>")
-        saved = read_json(folder / "config.json") | {key: cfg[key] for key in UNSAVED}
-        return Planned(folder, DictConfig(saved), _last(folder))
+        saved = read_json(folder / "config.json")
+        if set(saved) != set(plain(cfg)):
+            other = sorted(set(saved) ^ set(plain(cfg)))
+            raise found(
+                f"{folder} is a run of another program, or of another version",
+                "the program that began it",
+                f"other settings: {other}",
+                "resume it with that one",
+            )
+        return Planned(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), _last(folder), started=True)
     folder = Path(cfg.out)
     if folder.exists():
         if cfg.resume is None:
@@ -66,10 +86,20 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
                 "an earlier run",
                 f"resume={folder} to go on with it, or out=runs/<another name>",
             )
-        if (folder / "config.json").is_file():
-            _compare(folder, read_json(folder / "config.json"), plain(cfg))
-        return Planned(folder, cfg, _last(folder))
-    return Planned(folder, cfg, None)
+        if not (folder / "config.json").is_file():
+            raise found(f"{folder} is no run", "a run's folder", "no config.json in it", "out=runs/<another name>")
+        _compare(folder, read_json(folder / "config.json"), plain(cfg))
+        return Planned(folder, cfg, _last(folder), started=True)
+    return Planned(folder, cfg, None, started=False)
+
+
+def check_counts(cfg: DictConfig, **least: int) -> None:
+    """Raises a ``UserError`` unless each key of ``cfg`` (``__`` for a dot) is a whole number of at least so much."""
+    for key, smallest in ({"seed": 0} | least).items():
+        name = key.replace("__", ".")
+        value = OmegaConf.select(cfg, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise found(f"{name} is out of range", f"a whole number of at least {smallest}", value, f"{name}={max(smallest, 1)}")
 
 
 def prepare(cfg: DictConfig) -> torch.device:

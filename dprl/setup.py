@@ -1,7 +1,6 @@
 """From a config to the objects that both programs need."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -9,14 +8,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dprl.envs.vector import VecEnv
-from dprl.errors import UserError
+from dprl.errors import UserError, found
 from dprl.log import Logger
 from dprl.policy import ChunkPolicy
+from dprl.report import Draw
 from dprl.rewards import TASK_ONLY, WeightedSum, from_config
 
 
 def construct(node: Any, what: str, **arguments: Any) -> Any:
-    """``hydra.utils.instantiate``, with a mistake in the config told as a ``UserError`` about ``what``."""
+    """``hydra.utils.instantiate``, then a call with ``arguments`` if there are any; a mistake in the config is told as a
+    ``UserError`` about ``what``."""
     try:
         made = instantiate(node, _convert_="all")
         return made(**arguments) if arguments else made
@@ -25,14 +26,14 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         raise UserError(f"{what} cannot be built: {cause}\n  where:    {error.args[0].splitlines()[-1]}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"{what} cannot be built: {error}") from error
 
 
 def environments(cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, reward: WeightedSum = TASK_ONLY, trace: bool = False) -> VecEnv:
     """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``."""
-    make: Callable[..., VecEnv] = construct(cfg.task.env, "task.env")
-    return make(num_envs=num_envs, obs_steps=policy.obs_steps, act_steps=policy.act_steps, reward=reward, trace=trace)
+    sizes = dict(num_envs=num_envs, obs_steps=policy.obs_steps, act_steps=policy.act_steps)
+    return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace)
 
 
 def reward(cfg: DictConfig) -> WeightedSum:
@@ -40,6 +41,28 @@ def reward(cfg: DictConfig) -> WeightedSum:
     return from_config(OmegaConf.to_container(cfg.reward.terms, resolve=True))  # type: ignore[arg-type]
 
 
-def logger(cfg: DictConfig, run: Path) -> Logger:
-    """What ``logger=`` names."""
-    return construct(cfg.logger, "logger", run=run, config=OmegaConf.to_container(cfg, resolve=True))
+def plot(cfg: DictConfig) -> Draw | None:
+    """How the task wants its episodes drawn, if it says."""
+    return None if cfg.task.plot is None else construct(cfg.task.plot, "task.plot")
+
+
+def modes(cfg: DictConfig) -> str | None:
+    """The info key that tells apart the ways an episode can be solved, if the task has one."""
+    key = cfg.task.modes
+    if key is not None and key not in cfg.task.env.info_keys:
+        raise found(
+            "task.modes names nothing", f"one of task.env.info_keys={list(cfg.task.env.info_keys)}", key, "task.modes=null, or add it there"
+        )
+    return key
+
+
+def logger(cfg: DictConfig) -> Callable[..., Logger]:
+    """What ``logger=`` names, still to be given a run; its package is imported here."""
+    made = construct(cfg.logger, "logger")
+    try:
+        made.func.require()
+    except ImportError as error:
+        raise UserError(
+            f"logger={made.func.__name__} wants a package that is not installed: {error}\n  fix:      pip install it, or logger=none"
+        ) from None
+    return made

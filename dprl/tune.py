@@ -1,6 +1,5 @@
 """Fine-tuning: evaluates the cloned policy, lets an algorithm improve it, evaluates again, and compares."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from dprl.algorithm import Algorithm
 from dprl.envs.collect import Collector
 from dprl.envs.vector import VecEnv, check_fits
 from dprl.errors import found
-from dprl.evaluate import FINALS, Evaluation, difference, evaluate
+from dprl.evaluate import Evaluation, difference, evaluate, final_seeds
 from dprl.files import write_json
 from dprl.log import Metrics, curve
 from dprl.report import write_comparison
-from dprl.versions import versions
 
 
 def actor_node(cfg: DictConfig, policy: dict[str, Any]) -> dict[str, Any]:
@@ -29,15 +27,31 @@ class Tuner:
 
     def __init__(self, cfg: DictConfig, folder: Path, algo: Algorithm, collector: Collector, envs: VecEnv, node: dict[str, Any]):
         self.cfg, self.folder, self.algo, self.collector, self.envs, self.node = cfg, folder, algo, collector, envs, node
-        self.iteration = 0
+        self.iteration = self.saved = 0
         self.evaluation_steps = 0
 
-    def iterations(self) -> Iterator[tuple[dict[str, float], bool]]:
-        """Metrics of each iteration, and whether a checkpoint is due after it: every so many, and after the last."""
-        every = self.cfg.evaluation.every
-        for metrics in self.algo.train(self.collector):
+    def run(self, metrics: Metrics) -> None:
+        """Iterations to the end of the budget; a checkpoint after every so many, and after the last."""
+        self.begin()
+        for values in self.algo.train(self.collector):
             self.iteration += 1
-            yield metrics, self.iteration % every == 0 or self.algo.progress(self.collector) >= 1
+            due = self.iteration % self.cfg.evaluation.every == 0
+            values |= self.collector.metrics()
+            if due:
+                validation = self.validate()
+                values |= validation.metrics("validation")
+            metrics.log(values, step=self.iteration, done=self.percent)
+            if due:
+                self.save(validation.score(), metrics.seconds)
+        if self.iteration != self.saved:
+            validation = self.validate()
+            metrics.log(validation.metrics("validation") | {"env_steps": self.collector.env_steps}, step=self.iteration, done=self.percent)
+            self.save(validation.score(), metrics.seconds)
+
+    @property
+    def percent(self) -> int:
+        """How much of the budget is spent."""
+        return int(100 * self.algo.progress(self.collector))
 
     def validate(self) -> Evaluation:
         """The present actor on the validation seeds."""
@@ -48,11 +62,13 @@ class Tuner:
 
     def save(self, score: float, seconds: float) -> None:
         """A checkpoint; then new episodes everywhere, in a run that goes on and in one that is resumed here alike."""
+        self.saved = self.iteration
         trainer = {
             "iteration": self.iteration,
             "env_steps": self.collector.env_steps,
             "evaluation_steps": self.evaluation_steps,
             "seconds": seconds,
+            "score": score,
             "algo": self.algo.state_dict(),
             "rng": run.rng_state(),
         }
@@ -71,8 +87,9 @@ class Tuner:
         saved, trainer = checkpoint.load(path), checkpoint.load_trainer(path)
         self.algo.actor.load_state_dict(saved.actor.state_dict())
         self.algo.load_state_dict(trainer["algo"])
-        self.iteration, self.evaluation_steps = trainer["iteration"], trainer["evaluation_steps"]
-        self.collector.env_steps = trainer["env_steps"]
+        self.iteration = self.saved = trainer["iteration"]
+        self.evaluation_steps, self.collector.env_steps = trainer["evaluation_steps"], trainer["env_steps"]
+        checkpoint.keep(self.folder, step, trainer["score"])  # in case the run was cut off between the two
         run.set_rng_state(trainer["rng"])
         return trainer["seconds"]
 
@@ -81,46 +98,44 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     """``finetune.py``. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
+    run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
     device = run.prepare(cfg)
-    start = checkpoint.load(cfg.policy_from, device=device)
+    base = folder / "base"  # the run's own copy of what it began with
+    start = checkpoint.load(base if base.exists() else cfg.policy_from, device=device)
     if start.task != cfg.task.name:
-        raise found(f"{start.path} was made for another task", cfg.task.name, start.task, f"task={start.task}, or another policy_from=")
-    policy = start.actor
+        fix = f"task={start.task}, or another policy_from="
+        raise found(f"{start.path} was made for another task", cfg.task.name, start.task, fix)
+    policy, plot, modes = start.actor, setup.plot(cfg), setup.modes(cfg)
     train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=setup.reward(cfg))
-    envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, trace=cfg.task.plot is not None)
+    envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
     collector = Collector(train_envs, device=device)
-    settings = cfg.evaluation
-    finals = range(settings.seed + FINALS, settings.seed + FINALS + settings.final_episodes)
-    before = evaluate(policy, envs, finals)
     algo: Algorithm = setup.construct(cfg.algo, "algo", policy=policy)
-    tuner = Tuner(cfg, folder, algo, collector, envs, actor_node(cfg, start.node))
-    planned.begin()
-    print(f"{start.path}: BC {before.describe()}")
+    if algo.progress(collector) >= 1:
+        raise found("the budget holds not one iteration", "a larger one", "see algo.* and num_envs", "algo.env_steps=..., or num_envs=...")
+    logger = setup.logger(cfg)
+    finals = final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes)
+    before = evaluate(policy, envs, finals)
 
+    planned.begin()
+    if not base.exists():
+        checkpoint.save(base, policy, node=start.node, task=start.task, trainer={})
+    print(f"{start.path}: BC {before.describe()}")
+    tuner = Tuner(cfg, folder, algo, collector, envs, actor_node(cfg, start.node))
     seconds = 0.0 if planned.step is None else tuner.resume(planned.step)
-    shown = ("train/success", "train/return", "validation/success", "validation/return", "kl")
     metrics = Metrics(
         folder,
-        setup.logger(cfg, folder),
+        logger(run=folder, config=run.plain(cfg), step=planned.step),
         total=100,
         unit="%",
-        shown=shown,
+        shown=("train/success", "train/return", "validation/success", "validation/return"),
         step=planned.step,
-        done=int(100 * algo.progress(collector)),
+        done=tuner.percent,
         seconds=seconds,
     )
     if planned.step is None:
         metrics.log(tuner.validate().metrics("validation") | {"env_steps": 0.0}, step=0, done=0)
-    tuner.begin()
-    for values, due in tuner.iterations():
-        values |= collector.metrics()
-        if due:
-            validation = tuner.validate()
-            values |= validation.metrics("validation")
-        metrics.log(values, step=tuner.iteration, done=int(100 * algo.progress(collector)))
-        if due:
-            tuner.save(validation.score(), metrics.seconds)
+    tuner.run(metrics)
     seconds = metrics.seconds
     metrics.close()
     train_envs.close()
@@ -128,34 +143,28 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     best = checkpoint.load(folder, device=device)
     after = evaluate(best.actor, envs, finals)
     envs.close()
-    result = comparison(cfg, tuner, before, after, best_path=best.path, seconds=seconds)
+    result = comparison(cfg, tuner, before, after, modes=modes, best=int(best.path.name), seconds=seconds)
     write_json(folder / "result.json", result)
-    write_comparison(folder, result, before, after, cfg.task.plot and setup.construct(cfg.task.plot, "task.plot"))
+    write_comparison(folder, result, before, after, plot)
     return folder
 
 
-def comparison(cfg: DictConfig, tuner: Tuner, before: Evaluation, after: Evaluation, *, best_path: Path, seconds: float) -> dict[str, Any]:
+def comparison(
+    cfg: DictConfig, tuner: Tuner, before: Evaluation, after: Evaluation, *, modes: str | None, best: int, seconds: float
+) -> dict[str, Any]:
     """``result.json``: BC against tuned on the same held-out seeds."""
-
-    def side(evaluation: Evaluation) -> dict[str, Any]:
-        return evaluation.summary() | ({"modes": evaluation.modes(cfg.task.modes)} if cfg.task.modes else {})
-
     gain = {"return": difference(before.returns, after.returns)}
     if before.success is not None and after.success is not None:
         gain["success"] = difference(before.success, after.success)
     return {
-        "task": cfg.task.name,
-        "algo": cfg.name,
-        "seed": cfg.seed,
+        **run.identity(cfg),
         "env_steps": tuner.collector.env_steps,
         "evaluation_env_steps": tuner.evaluation_steps,
         "train_seconds": seconds,
-        "best_iteration": int(best_path.name),
+        "best_iteration": best,
         "iterations": tuner.iteration,
-        "bc": side(before),
-        "tuned": side(after),
+        "bc": before.summary(modes),
+        "tuned": after.summary(modes),
         "gain": gain,
         "curve": curve(tuner.folder, "validation/"),
-        "config": run.plain(cfg),
-        "versions": versions(),
     }

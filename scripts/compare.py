@@ -11,6 +11,8 @@ from dprl import log, report
 from dprl.errors import UserError, found
 from dprl.files import read_json, replacing
 
+KEYS = ("validation/success", "validation/return", "evaluation/success", "evaluation/return")  # plotted: the first there is
+
 
 def read(run: Path) -> tuple[dict, list[dict]]:
     """A run's result and its lines of metrics."""
@@ -22,11 +24,12 @@ def read(run: Path) -> tuple[dict, list[dict]]:
 def compare(runs: list[Path], out: Path, key: str | None) -> None:
     """Writes ``compare.md`` and ``compare.png`` to ``out``, and prints the table."""
     read_runs = {str(run): read(run) for run in runs}
-    table = report.markdown(row for result, _ in read_runs.values() for row in report.rows(result))
+    table = report.markdown(row for name, (result, _) in read_runs.items() for row in report.rows(name, result))
     lines = {name: metrics for name, (_, metrics) in read_runs.items()}
-    if key is None:
-        success = any(line.get("validation/success") is not None for metrics in lines.values() for line in metrics)
-        key = "validation/success" if success else "validation/return"
+    known = {key for metrics in lines.values() for line in metrics for key in line}
+    key = key or next((candidate for candidate in KEYS if candidate in known), KEYS[0])
+    if key not in known:
+        raise found(f"no run has logged {key}", f"--key, one of {sorted(known)}", key, "name another")
     with replacing(out / "compare.md") as path:
         path.write_text(table)
     report.save(report.curves(lines, key), out / "compare.png")
@@ -37,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that ended")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for the table and the figure")
-    parser.add_argument("--key", help="what to plot, of metrics.jsonl (default: validation/success, or return)")
+    parser.add_argument("--key", help="what to plot, of metrics.jsonl (default: success if there is, else return)")
     arguments = parser.parse_args()
     try:
         compare(arguments.runs, arguments.out, arguments.key)

@@ -27,6 +27,7 @@ def run(name: str, task: str, algo: str, seed: int, *arguments: str) -> None:
     out = Path(f"runs/{task}-{algo}-{seed}")
     if not (out / "result.json").is_file():
         program(name, f"task={task}", f"seed={seed}", f"out={out}", "resume=auto", *arguments)
+    (ROOT / "results").mkdir(exist_ok=True)
     shutil.copy(out / "result.json", ROOT / "results" / f"{out.name}.json")
 
 

@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/ from results/*.json.
 
-    python scripts/results.py            # rewrites what stands between the markers
-    python scripts/results.py --check    # status 1 if a table is out of date
+python scripts/results.py            # rewrites what stands between the markers
+python scripts/results.py --check    # status 1 if a table is out of date
 """
 
 import argparse
@@ -95,8 +95,8 @@ def cloning_table(groups: dict) -> str:
             if task == "avoid" and "tuned" not in result:
                 curve = ", ".join(f"{100 * point['evaluation/success']:.0f}" for point in result["curve"])
                 ways = str(result["bc"]["modes"]["count"])
-                rows.append([NAMES[algo], str(result["seed"]), curve, measure(result["bc"]), ways, f"{result['train_seconds'] / 60:.1f}"])
-    return markdown(rows, ["policy", "seed", "success % along training", "success at the end, 95 % CI", "ways used", "minutes"])
+                rows.append([NAMES[algo], str(result["seed"]), curve, measure(result["bc"]), ways])
+    return markdown(rows, ["policy", "seed", "success % along training", "success at the end, 95 % CI", "ways used"])
 
 
 def filled(text: str, marker: str, table: str) -> str:

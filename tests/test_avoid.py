@@ -1,8 +1,13 @@
 """The default task: its rules, its ways, and the expert that knows them all."""
 
+import os
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import dprl.envs  # noqa: F401
 from dprl.envs.avoid import EFFECTOR, FINISH, MAX_STEP, OBSTACLES, clearance
@@ -78,12 +83,18 @@ def test_same_seed_same_episode():
     np.testing.assert_array_equal(first[0], second[0])
 
 
-def test_a_picture():
-    env = gym.make("dprl/Avoid-v0", render_mode="rgb_array")
-    env.reset(seed=0)
-    try:
-        picture = env.render()
-    except Exception as error:
-        pytest.skip(f"no OpenGL here: {error}")
+def test_a_picture(tmp_path):
+    probe = "import mujoco.egl; mujoco.egl.GLContext(64, 64).make_current()"
+    environment = os.environ | {"MUJOCO_GL": "egl", "PYTHONPATH": str(ROOT)}
+    if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode:
+        pytest.skip("no EGL here to draw with")
+    code = (
+        "import gymnasium, numpy, dprl.envs\n"
+        "env = gymnasium.make('dprl/Avoid-v0', render_mode='rgb_array'); env.reset(seed=0)\n"
+        f"numpy.save({str(tmp_path / 'picture.npy')!r}, env.render())"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    picture = np.load(tmp_path / "picture.npy")
     assert picture.shape == (560, 480, 3)
-    assert picture.std() > 10
+    reds = (picture[..., 0] > 1.5 * picture[..., 1]).mean()  # six obstacles, seen from above
+    assert 0.01 < reds < 0.3

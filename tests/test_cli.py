@@ -8,35 +8,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import hydra
 import pytest
 import torch
 from conftest import ROOT
 
+from dprl import checkpoint
 from dprl.checkpoint import at, steps
 from dprl.data import d4rl
 
 SMALL = ["policy.denoiser.width=32", "policy.schedule.steps=4", "evaluation.num_envs=4", "evaluation.final_episodes=6", "threads=1"]
 CLONE = [*SMALL, "train.steps=60", "train.save_every=20", "train.log_every=10", "train.batch=32", "evaluation.episodes=4"]
 TUNE = ["evaluation.num_envs=4", "evaluation.final_episodes=6", "evaluation.episodes=4", "evaluation.every=2", "num_envs=3", "threads=1"]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 DPPO = [*TUNE, "algo=dppo", "algo.env_steps=1200", "algo.chunks=8", "algo.actor.tuned_steps=2", "algo.epochs=2"]
-
-
-STOPPED = """  # a program that is interrupted right after its first checkpoint
-import dprl.checkpoint as checkpoint
-
-keep = checkpoint.keep
-
-
-def stop(*arguments):
-    keep(*arguments)
-    raise KeyboardInterrupt
-
-
-checkpoint.keep = stop
-import {0}
-
-{0}.main()
-"""
 
 
 @pytest.fixture
@@ -49,9 +34,8 @@ def cloned(command, tmp_path, cloned_once):
 @pytest.fixture(scope="module")
 def cloned_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cloned")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for program, *arguments in (["scripts/demonstrations.py", "episodes=6"], ["pretrain.py", *CLONE]):
-        subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, env=env, check=True, capture_output=True)
+        subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, env=ENV, check=True, capture_output=True)
     return folder
 
 
@@ -73,6 +57,10 @@ def in_process(tmp_path, monkeypatch, capsys):
         return status, printed.out + printed.err
 
     return call
+
+
+def result(run) -> dict:
+    return json.loads((run / "result.json").read_text())
 
 
 def metrics(run) -> list[dict]:
@@ -99,41 +87,90 @@ def test_from_demonstrations_to_a_comparison(command, cloned):
     for name in ("comparison.md", "comparison.png"):
         assert (run / name).stat().st_size > 0
         assert f"runs/avoid-dppo-0/{name}" in done.stdout
-    assert "avoid dppo seed 0: tuned" in done.stdout
+    assert "runs/avoid-dppo-0: tuned" in done.stdout
     table = command("scripts/compare.py", "runs/avoid-dppo-0", "runs/avoid-bc-0").stdout
-    assert "avoid bc seed 0" in table
+    assert "| runs/avoid-bc-0 " in table
     assert (cloned / "runs/compare/compare.png").stat().st_size > 10_000
 
 
-def test_pretraining_interrupted_and_resumed_is_bit_identical(command, cloned):
-    whole = cloned / "runs/avoid-bc-0"
-    part = cloned / "runs/part"
-    command("pretrain.py", *CLONE, "out=runs/part")
-    assert weights(part) == weights(whole)  # same seed, same weights
-    assert metrics(part) == metrics(whole)
-    shutil.rmtree(part)
-    (cloned / "stopped.py").write_text(STOPPED.format("pretrain"))
-    stopped = command(str(cloned / "stopped.py"), *CLONE, "out=runs/part", status=130)
-    assert "resume=" in stopped.stderr
-    assert steps(part) == [20]
-    command("pretrain.py", *CLONE, "out=runs/part", "resume=auto")
+@pytest.fixture
+def interrupted(in_process, monkeypatch):
+    """Runs a program in process until the ``at``-th call of a function, where a Ctrl-C falls, before it or after."""
+
+    def call(program: str, *arguments: str, where: str, at: int, after: bool) -> None:
+        module, name = where.rsplit(".", 1)
+        owner = hydra.utils.get_object(module)
+        real, calls = getattr(owner, name), []
+
+        def cut(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == at and not after:
+                raise KeyboardInterrupt
+            out = real(*args, **kwargs)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return out
+
+        monkeypatch.setattr(owner, name, cut)
+        status, printed = in_process(program, *arguments)
+        assert status == 130, printed
+        assert "resume=" in printed
+        monkeypatch.setattr(owner, name, real)
+
+    return call
+
+
+CUTS = {  # where a Ctrl-C falls
+    "before the first checkpoint": dict(where="dprl.checkpoint.save", at=1, after=False),
+    "between a checkpoint and its being kept": dict(where="dprl.checkpoint.keep", at=2, after=False),
+    "right after a checkpoint": dict(where="dprl.checkpoint.keep", at=1, after=True),
+    "between checkpoints": dict(where="dprl.log.Metrics.log", at=4, after=True),
+    "before the result": dict(where="dprl.log.Metrics.close", at=1, after=True),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_pretraining_interrupted_and_resumed_is_bit_identical(in_process, interrupted, cloned, cut):
+    whole, part = cloned / "runs/avoid-bc-0", cloned / "runs/part"
+    interrupted("pretrain.py", *CLONE, "out=runs/part", **CUTS[cut])
+    status, printed = in_process("pretrain.py", *CLONE, "out=runs/part", "resume=auto")
+    assert status == 0, printed
     assert weights(part) == weights(whole)
     assert metrics(part) == metrics(whole)
+    assert result(part)["bc"] == result(whole)["bc"]
 
 
-def test_finetuning_interrupted_and_resumed_is_bit_identical(command, cloned):
-    command("finetune.py", *DPPO, "out=runs/whole")
-    (cloned / "stopped.py").write_text(STOPPED.format("finetune"))
-    command(str(cloned / "stopped.py"), *DPPO, "out=runs/part", status=130)
-    assert steps(cloned / "runs/part") == [2]
-    command("finetune.py", *DPPO, "out=runs/part", status=2)
-    command("finetune.py", "resume=runs/part")
-    whole, part = cloned / "runs/whole", cloned / "runs/part"
+@pytest.fixture(scope="module")
+def tuned_once(cloned_once):
+    subprocess.run(
+        [sys.executable, str(ROOT / "finetune.py"), *DPPO, "out=runs/whole"], cwd=cloned_once, env=ENV, check=True, capture_output=True
+    )
+    return cloned_once / "runs/whole"
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_finetuning_interrupted_and_resumed_is_bit_identical(tuned_once, in_process, interrupted, cloned, cut):
+    whole, part = tuned_once, cloned / "runs/part"
+    place = CUTS[cut] | ({"at": 2} if cut == "before the first checkpoint" else {})  # the first saved is the base
+    interrupted("finetune.py", *DPPO, "out=runs/part", **place)
+    shutil.rmtree(cloned / "runs/avoid-bc-0")  # a run needs nothing but its own folder
+    status, printed = in_process("finetune.py", "resume=runs/part")
+    assert status == 0, printed
+    assert steps(whole) == steps(part)
     assert weights(whole) == weights(part)
     assert metrics(whole) == metrics(part)
-    one, other = (json.loads((run / "result.json").read_text()) for run in (whole, part))
-    assert one["tuned"] == other["tuned"]
-    assert one["env_steps"] == other["env_steps"]
+    one, other = result(whole), result(part)
+    for key in ("bc", "tuned", "env_steps", "evaluation_env_steps", "best_iteration", "curve"):
+        assert one[key] == other[key], key
+
+
+def test_the_same_seed_twice_is_bit_identical(tuned_once, command, cloned):
+    command("finetune.py", *DPPO, "out=runs/again")
+    again = cloned / "runs/again"
+    assert weights(again) == weights(tuned_once)
+    assert metrics(again) == metrics(tuned_once)
+    command("pretrain.py", *CLONE, "out=runs/again-bc")
+    assert weights(cloned / "runs/again-bc") == weights(cloned / "runs/avoid-bc-0")
 
 
 def test_safe_reward_is_logged_term_by_term(command, cloned):
@@ -168,7 +205,7 @@ BAD = {
     "another task": (["finetune.py", "task=hopper"], ["no checkpoint", "runs/hopper-bc-0"]),
     "another task's checkpoint": (["finetune.py", "task=hopper", "policy_from=runs/avoid-bc-0"], ["another task", "found:    avoid"]),
     "another environment": (
-        ["finetune.py", "task.env.id=Hopper-v5", "task.env.success_key=null", "task.env.info_keys=[]"],
+        ["finetune.py", "task.env.id=Hopper-v5", "task.env.success_key=null", "task.env.info_keys=[]", "task.modes=null"],
         ["another observation size", "[11]"],
     ),
     "no reward module": (
@@ -181,7 +218,7 @@ BAD = {
     ),
     "reward shape": (["finetune.py", "+reward.terms.x._target_=bad.shape", "+reward.terms.x.weight=1"], ["'x'", "wrong shape"]),
     "reward raises": (["finetune.py", "+reward.terms.x._target_=bad.raises", "+reward.terms.x.weight=1"], ["'x'", "KeyError"]),
-    "no environments": (["finetune.py", "num_envs=0"], ["num_envs=1 or more"]),
+    "no environments": (["finetune.py", "num_envs=0"], ["num_envs is out of range", "num_envs=1"]),
     "too many tuned steps": (["finetune.py", "algo.actor.tuned_steps=9"], ["1 to 4"]),
     "no data": (["pretrain.py", "data.path=none.hdf5"], ["none.hdf5", "scripts/demonstrations.py"]),
     "data is no HDF5": (["pretrain.py", "data.path=bad.py"], ["bad.py", "cannot be read"]),
@@ -204,6 +241,29 @@ BAD = {
     "no expert": (["scripts/demonstrations.py", "task=hopper"], ["no scripted expert"]),
     "no episodes": (["scripts/demonstrations.py", "episodes=0", "out=data/x.hdf5"], ["episodes=20"]),
     "demonstrations exist": (["scripts/demonstrations.py"], ["data/avoid-0.hdf5 exists"]),
+    "tuning a tuned policy": (["finetune.py", "policy_from=tuned"], ["dppo tunes a diffusion policy", "ChainActor"]),
+    "unknown key of the task": (["finetune.py", "+task.env.foo=1"], ["task.env", "foo"]),
+    "text for a number": (["finetune.py", "num_envs=abc"], ["num_envs", "abc"]),
+    "no final episodes": (["finetune.py", "evaluation.final_episodes=0"], ["evaluation.final_episodes=1"]),
+    "no interval": (["pretrain.py", "train.save_every=0"], ["train.save_every=1"]),
+    "no batch": (["pretrain.py", "train.batch=0"], ["train.batch=1"]),
+    "negative seed": (["finetune.py", "seed=-1", "policy_from=runs/avoid-bc-0"], ["seed is out of range"]),
+    "budget below an iteration": (
+        ["finetune.py", "algo.env_steps=10", "algo.actor.tuned_steps=2"],
+        ["not one iteration", "algo.env_steps"],
+    ),
+    "no exploration": (["finetune.py", "algo.actor.min_std=0"], ["min_std"]),
+    "term that is no mapping": (["finetune.py", "+reward.terms.x=bad.two"], ["reward.terms.x", "weight"]),
+    "weight that is no number": (["finetune.py", "+reward.terms.x._target_=bad.fine", "+reward.terms.x.weight=abc"], ["weight", "abc"]),
+    "reward module with a mistake in it": (
+        ["finetune.py", "+reward.terms.x._target_=worse.f", "+reward.terms.x.weight=1"],
+        ["worse.f", "no_such_name"],
+    ),
+    "reward that is not a number": (["finetune.py", "+reward.terms.x._target_=bad.nan", "+reward.terms.x.weight=1"], ["'x'", "not finite"]),
+    "modes of nothing": (["finetune.py", "task.modes=path"], ["task.modes", "route"]),
+    "another program's run": (["finetune.py", "resume=runs/avoid-bc-0"], ["another program"]),
+    "a folder that is no run": (["pretrain.py", *CLONE, "resume=auto", "out=data"], ["data is no run"]),
+    "compare what was not logged": (["scripts/compare.py", "runs/avoid-bc-0", "--key", "nothing"], ["nothing", "evaluation/success"]),
     "compare nothing": (["scripts/compare.py", "runs/none"], ["runs/none"]),
 }
 
@@ -212,8 +272,14 @@ BAD = {
 def test_bad_input_is_one_message_and_nothing_written(in_process, cloned, name):
     (program, *arguments), expected = BAD[name]
     (cloned / "bad.py").write_text(
-        "def two(a, b):\n    return 0\n\ndef shape(t):\n    return t.act\n\ndef raises(t):\n    return t.info['missing']\n"
+        "def two(a, b):\n    return 0\n\ndef shape(t):\n    return t.act\n\ndef raises(t):\n    return t.info['missing']\n\n"
+        "def fine(t):\n    return t.rew\n\ndef nan(t):\n    return t.rew * float('nan')\n"
     )
+    (cloned / "worse.py").write_text("no_such_name\n")
+    tuned = {"_target_": "algos.dppo.ChainActor", "tuned_steps": 2, "min_std": 0.1, "noise_limit": 3.0}
+    base = checkpoint.load(cloned / "runs/avoid-bc-0")
+    node = tuned | {"policy": base.node}
+    checkpoint.save(cloned / "tuned", checkpoint.build(node, "test"), node=node, task="avoid", trainer={})
     named = any(argument.startswith(("out=", "resume=")) for argument in arguments)
     fresh = [] if named or program.startswith("scripts") else ["out=runs/new"]
 

@@ -82,7 +82,7 @@ def test_exploring_has_a_floor_of_noise_and_acting_has_none_at_the_end():
     policy = diffusion(width=8)
     actor = ChainActor(policy=policy, **ACTOR)
     assert "chain" in actor.train()(torch.zeros(3, 1, 1))[1]
-    x, mean, std = actor.means(actor.tuned, torch.zeros(3, 1, 1), torch.randn(3, 5, 4, 1))
+    x, mean, std = actor.gaussians(torch.zeros(3, 1, 1), torch.randn(3, 5, 4, 1))
     assert (x.shape, mean.shape) == ((12, 4, 1), (12, 4, 1))
     assert std.min() == pytest.approx(0.1)
     _, extra = actor.eval()(torch.zeros(3, 1, 1))
@@ -117,6 +117,23 @@ def test_no_row_passes_through_a_network_whose_output_is_thrown_away():
     assert calls == {"base": 4, "tuned": 4}
     actor.score(torch.zeros(2, 1, 1), torch.zeros(2, 5, 4, 1))
     assert calls == {"base": 4, "tuned": 5}
+
+
+def test_exploring_switches_no_network_to_training():
+    actor = ChainActor(policy=diffusion(), **ACTOR).train()
+    assert actor.training
+    assert not any(module.training for module in [*actor.base.modules(), *actor.tuned.modules()])
+    assert not actor.eval().training
+
+
+def test_the_regulariser_passes_each_row_once_through_each_network():
+    algo = dppo(bc_weight=1.0)
+    rows = {"base": 0, "tuned": 0}
+    for name in rows:
+        hook = lambda _, args, __, name=name: rows.update({name: rows[name] + len(args[0])})  # noqa: E731
+        getattr(algo.actor, name).denoiser.register_forward_hook(hook)
+    algo.bc_loss(torch.zeros(2, 1, 1))
+    assert rows == {"base": 2 * 8, "tuned": 2 * 4}
 
 
 def test_clip_grows_exponentially_over_denoising_steps():
@@ -226,6 +243,7 @@ def test_the_budget_is_never_exceeded():
     done = sum(1 for _ in algo.train(collect))
     assert done == 200 // (3 * 2 * 4)
     assert collect.env_steps <= 200
+    assert dppo(env_steps=10).progress(collector(3)) == 1  # not one iteration fits
     assert algo.progress(collect) == 1
 
 
@@ -242,13 +260,19 @@ def test_bc_loss_is_zero_at_the_base_and_holds_the_policy_there():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.1 * away
+    assert float(loss.detach()) < 0.1 * away
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [(dict(actor=dict(tuned_steps=9)), "1 to 8"), (dict(actor=dict(tuned_steps=0)), "1 to 8"), (dict(epochs=0), "algo.epochs")],
-)
+BAD = [
+    (dict(actor=dict(tuned_steps=9)), "1 to 8"),
+    (dict(actor=dict(tuned_steps=0)), "1 to 8"),
+    (dict(actor=dict(min_std=0.0)), "min_std"),
+    (dict(min_std_final=0.0), "min_std_final"),
+    (dict(epochs=0), "algo.epochs"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
 def test_bad_settings(changes, message):
     with pytest.raises(UserError, match=message):
         dppo(**changes)

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import toys
 from conftest import vec
+from gymnasium import spaces
 from torch import nn
 
 from dprl import rewards
@@ -156,6 +159,36 @@ def test_the_reward_replaces_the_tasks_and_sees_the_action_before_across_chunks(
     np.testing.assert_allclose(second.rew[0], [100.75, 100, 100, 100])
     assert first.task_return[0] == 10  # the task's own reward is kept beside
     np.testing.assert_allclose(first.terms[0], [-0.25, 125])
+
+
+class Reused(toys.Counter):
+    """Observes through one buffer of float32, changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.buffer = np.zeros(2, np.float32)
+
+    def _obs(self):
+        self.buffer[:] = self.episode, self.steps
+        return self.buffer
+
+
+gym.register("Reused-v0", Reused, max_episode_steps=10)
+
+
+def test_an_environments_own_buffer_is_copied():
+    envs = vec("Reused-v0", obs_steps=3, num_envs=1)
+    envs.reset(seeds=[0])
+    assert envs.step(np.zeros((1, 4, 1))).obs[0, :, 1].tolist() == [2, 3, 4]
+
+
+def test_info_keys_cannot_hide_what_the_chunk_says():
+    envs = vec("Counter-v0", kwargs={"end": 2}, num_envs=1, info_keys=["success"])
+    envs.reset(seeds=[0])
+    step = envs.step(np.zeros((1, 4, 1)))
+    assert step.success.dtype == bool
+    assert step.info["success"][0] == 1.0
 
 
 BAD = {

@@ -1,6 +1,7 @@
 """Rules of the house that a reader should be able to rely on."""
 
 import ast
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,8 @@ import pytest
 from conftest import ROOT
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+
+from dprl import setup
 
 CONFIGS = ROOT / "configs"
 PROGRAMS = ("pretrain", "finetune", "demonstrations")
@@ -70,11 +73,27 @@ def programs_of(group: str) -> list[str]:
     ]
 
 
+def check_call(node, **later) -> None:
+    """That what ``node`` names takes the node's settings, and wants no others but ``later``."""
+    if node is None:
+        return
+    made = instantiate(OmegaConf.to_container(node, resolve=True) | {"_partial_": True}, _convert_="all")
+    bound = inspect.signature(made.func).bind(*made.args, **made.keywords, **later)
+    assert set(made.keywords) <= set(bound.arguments) | set(bound.arguments.get("sizes", {}))
+
+
+LATER = {  # by group: what a program gives besides the yaml
+    "algo": dict(policy=None),
+    "data": {},
+    "logger": dict(run=None, config=None, step=None),
+}
+
+
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_yaml_composes_and_instantiates(path):
     group, name = path.parent.name, path.stem
     if group == "tuned":
-        task, what = name.rsplit("_", 1)
+        task, what = name.split("_", 1)
         cfg = compose("pretrain", f"task={task}") if what == "clone" else compose("finetune", f"task={task}", f"algo={what}", "name=x")
         settings = OmegaConf.load(CONFIGS / path)
         for key in _leaves(settings):
@@ -83,13 +102,21 @@ def test_every_yaml_composes_and_instantiates(path):
     assert programs_of(group), f"no program has the group {group}"
     for program in programs_of(group):
         cfg = compose(program, f"{group}={name}", *(["name=x"] if program == "finetune" else []))
-        if group in ("reward", "data", "logger"):
-            assert cfg[group]
-            continue
-        if group == "policy":
+        if group == "reward":
+            assert setup.reward(cfg).names
+        elif group == "policy":
             cfg.policy.obs_shape, cfg.policy.act_dim = [4], 2
-        for node in [cfg.task.env, cfg.task.expert, cfg.task.plot] if group == "task" else [cfg[group]]:
-            assert node is None or callable(instantiate(node, _convert_="all"))
+            assert setup.construct(cfg.policy, "policy").act_dim == 2
+        elif group == "task":
+            check_call(cfg.task.env, num_envs=1, obs_steps=1, act_steps=1, reward=None)
+            check_call(cfg.task.expert, seed=0)
+            check_call(cfg.task.plot, axis=None, evaluation=None)
+            assert setup.modes(cfg) in (None, *cfg.task.env.info_keys)
+        else:
+            check_call(cfg[group], **LATER[group])
+            if group == "algo":
+                check_call(cfg.algo.actor, policy=None)
+                check_call(cfg.algo.critic, obs_shape=[4], obs_steps=1)
 
 
 def _leaves(node, prefix="") -> list[str]:
@@ -99,7 +126,7 @@ def _leaves(node, prefix="") -> list[str]:
     return out
 
 
-def test_everything_pinned_is_declared_and_torch_is_among_it():
+def test_every_dependency_is_pinned_and_none_is_for_cuda():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for requirement in declared:
@@ -120,7 +147,10 @@ def test_a_wheel_works_outside_the_clone(tmp_path):
     assert "dprl-pretrain = pretrain:main" in entry
     code = (
         "import sys; sys.path = [{site!r}, *(p for p in sys.path if p != {root!r})]; sys.argv = {argv!r}\n"
-        "import finetune; assert finetune.__file__.startswith({site!r}); finetune.main()"
+        "import finetune, algos.dppo, gymnasium, dprl.envs\n"
+        "assert all(m.__file__.startswith({site!r}) for m in (finetune, algos.dppo, dprl.envs))\n"
+        "gymnasium.make('dprl/Avoid-v0').reset(seed=0)\n"
+        "finetune.main()"
     )
     argv = ["dprl-finetune", "policy_from=nowhere"]
     done = subprocess.run(
@@ -130,5 +160,5 @@ def test_a_wheel_works_outside_the_clone(tmp_path):
         cwd=tmp_path,
         env={"PATH": ""},
     )
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "nothing to load at nowhere" in done.stderr

@@ -4,6 +4,7 @@ Letters: M steps in all, E episodes, O observation dim, A action dim.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ class Episodes:
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    @property
+    def obs_shape(self) -> Any:
+        """Sizes of an observation: a list, or a mapping from key to one."""
+        if isinstance(self.obs, Tensor):
+            return list(self.obs.shape[1:])
+        return {key: list(value.shape[1:]) for key, value in self.obs.items()}
 
     @property
     def starts(self) -> Tensor:
@@ -80,8 +88,9 @@ def check(episodes: Episodes) -> Episodes:
         raise found(f"{where} holds no data", "at least one episode of one step", "none", "write or name another file")
     if bool((episodes.lengths < 1).any()):
         raise UserError(f"{where}: episode {int((episodes.lengths < 1).nonzero()[0])} has no steps")
-    for name, value in (("observations", episodes.obs), ("actions", episodes.act), ("rewards", episodes.rew)):
-        if value is None or not isinstance(value, Tensor) or not value.is_floating_point():
+    observed = {"observations": episodes.obs} if isinstance(episodes.obs, Tensor) else dict(episodes.obs.items())
+    for name, value in (observed | {"actions": episodes.act, "rewards": episodes.rew}).items():
+        if value is None or not value.is_floating_point():
             continue
         if len(value) != len(episodes.act):
             raise found(f"{where}: '{name}' has another length", f"{len(episodes.act)} steps, as actions", len(value), "repair the file")
@@ -95,4 +104,6 @@ def check(episodes: Episodes) -> Episodes:
                 f"NaN or inf, first at step {step} (episode {episode})",
                 "drop or repair those episodes",
             )
+    if isinstance(episodes.last_obs, Tensor) and not bool(torch.isfinite(episodes.last_obs).all()):
+        raise found(f"{where}: an episode's last observation is not finite", "numbers", "NaN or inf", "drop or repair it")
     return episodes

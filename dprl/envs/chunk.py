@@ -38,7 +38,7 @@ class ChunkEnv(gym.Wrapper):
 
     ``step`` returns the chunk's summed reward and, in ``info``: ``rew`` [Ta], zero after the chunk stopped; ``length``;
     ``success`` within the chunk; ``task_return``, the task's own reward summed; ``terms``, each reward term summed;
-    the last value of each of ``info_keys``; and ``trace`` [Ta, O] if asked for, NaN after the chunk stopped. Actions are
+    the last value of each of ``info_keys`` as ``info/<key>``; and ``trace`` [Ta, O] if asked for, NaN after the chunk stopped. Actions are
     cut to the environment's bounds. After ``reset(options={"rest": True})`` a step does nothing and has length 0.
     """
 
@@ -124,7 +124,7 @@ class ChunkEnv(gym.Wrapper):
             terms=parts.sum(0),
         )
         for key in self.info_keys:
-            out[key] = float(infos[-1].get(key, np.nan)) if infos else np.nan
+            out[f"info/{key}"] = float(infos[-1].get(key, np.nan)) if infos else np.nan
         if self.trace:
             out["trace"] = np.full((self.act_steps, *self.single_space.shape), np.nan, np.float32)  # type: ignore[misc]
             if observed:

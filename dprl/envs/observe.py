@@ -25,7 +25,7 @@ def flatten(space: spaces.Space, *, keys: list[str] | None) -> tuple[spaces.Spac
         return _vector(sum(sizes)), lambda obs: np.concatenate([np.ravel(obs[key]) for key in keys], dtype=np.float32)
     if keys:
         raise found("task.env.observe.keys is for dictionaries", "null for this environment", keys, "task.env.observe.keys=null")
-    return _vector(_size(space)), lambda obs: np.asarray(obs, np.float32).ravel()
+    return _vector(_size(space)), lambda obs: np.array(obs, np.float32).ravel()  # a copy: it may be the environment's own buffer
 
 
 def _vector(size: int) -> spaces.Box:

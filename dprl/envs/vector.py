@@ -69,7 +69,7 @@ class VecEnv:
             success=info["success"],
             task_return=info["task_return"],
             terms=info["terms"],
-            info={key: info[key] for key in self.info_keys},
+            info={key: info[f"info/{key}"] for key in self.info_keys},
             trace=info.get("trace"),
         )
 

@@ -271,7 +271,7 @@ class DPPO:
             target=target,
             batch_size=[t, n],
         )
-        explained = 1 - (target - value).var() / target.var().clamp(min=1e-8)
+        explained = 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
         return batch.flatten(), {"explained_variance": float(explained), "value": float(value.mean())}
 
     def update(self, batch: TensorDict) -> dict[str, float]:

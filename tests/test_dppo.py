@@ -291,6 +291,11 @@ def test_every_step_tuned_and_a_single_step(steps, tuned):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_one_environment_and_one_chunk():
+    metrics = next(dppo(chunks=1, critic_warmup=0).train(collector(1)))
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 @pytest.mark.parametrize("act_steps", [1, 7])
 def test_chunks_shorter_and_longer_than_an_episode(act_steps):
     collect = Collector(vec("Aim-v0", num_envs=2, act_steps=act_steps), device=torch.device("cpu"))

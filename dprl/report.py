@@ -85,9 +85,11 @@ def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
 
 
 def returns(axis: Any, evaluation: Evaluation) -> None:
-    """A histogram of episode returns."""
-    axis.hist(evaluation.returns, bins=20, color=SOLVED)
-    axis.set(xlabel="return of an episode", ylabel="episodes")
+    """The share of episodes that stayed below each return, and their mean."""
+    axis.ecdf(evaluation.returns, color=SOLVED)
+    axis.axvline(evaluation.returns.mean(), color=SOLVED, ls=":")
+    axis.set(xlabel="return of an episode (dotted: the mean)", ylabel="share of episodes below")
+    axis.grid(alpha=0.3)
 
 
 def paths(axis: Any, evaluation: Evaluation, *, columns: list[int], field: Callable[[Any], None], most: int = 100) -> None:

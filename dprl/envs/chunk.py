@@ -38,8 +38,9 @@ class ChunkEnv(gym.Wrapper):
 
     ``step`` returns the chunk's summed reward and, in ``info``: ``rew`` [Ta], zero after the chunk stopped; ``length``;
     ``success`` within the chunk; ``task_return``, the task's own reward summed; ``terms``, each reward term summed;
-    the last value of each of ``info_keys`` as ``info/<key>``; and ``trace`` [Ta, O] if asked for, NaN after the chunk stopped. Actions are
-    cut to the environment's bounds. After ``reset(options={"rest": True})`` a step does nothing and has length 0.
+    the last value of each of ``info_keys`` as ``info/<key>``; and ``trace`` [Ta, O] if asked for, NaN after the chunk
+    stopped. Actions are cut to the environment's bounds. After ``reset(options={"rest": True})`` a step does nothing and
+    has length 0.
     """
 
     def __init__(

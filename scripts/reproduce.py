@@ -56,7 +56,9 @@ def main() -> None:
             run("pretrain.py", "avoid", "mse", seed, "policy=regression", "name=mse")
             run("finetune.py", "avoid", "dppo", seed, "algo=dppo")
             if seed == SEEDS["avoid"][0]:
-                shutil.copy(f"runs/avoid-dppo-{seed}/comparison.png", ROOT / "docs" / "figures" / "avoid.png")
+                figures = ROOT / "docs" / "figures"
+                figures.mkdir(exist_ok=True)
+                shutil.copy(f"runs/avoid-dppo-{seed}/comparison.png", figures / "avoid.png")
 
 
 if __name__ == "__main__":

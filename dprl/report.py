@@ -80,7 +80,7 @@ def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
     for axis, evaluation, name in ((axes[0], before, "BC"), (axes[1], after, "tuned")):
         draw(axis, evaluation)
-        axis.set_title(f"{name}: {evaluation.describe()}", fontsize=9)
+        axis.set_title(f"{name}\n{evaluation.describe()}", fontsize=9)
     return figure
 
 

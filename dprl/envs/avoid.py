@@ -100,4 +100,4 @@ def draw(ax) -> None:
         ax.add_patch(Circle((x, y), radius + EFFECTOR, color="#e6c3bf", lw=0))
         ax.add_patch(Circle((x, y), radius, color="#b5524a", lw=0))
     ax.axhline(FINISH, color="#3b8a56", lw=1.5)
-    ax.set(xlim=(0.2, 0.8), ylim=(-0.34, 0.42), aspect="equal", xticks=[], yticks=[])
+    ax.set(xlim=(0.17, 0.83), ylim=(-0.34, 0.42), aspect="equal", xticks=[], yticks=[])

@@ -20,6 +20,13 @@ def interval(value: float | None, ci: Sequence[float] | None, *, scale: float = 
     return f"{scale * value:.{digits}f} [{scale * ci[0]:.{digits}f}, {scale * ci[1]:.{digits}f}]"
 
 
+def measure(side: dict[str, Any]) -> str:
+    """A side's success in per cent where there is such a notion, else its return, with the interval."""
+    if side["success"] is not None:
+        return interval(side["success"], side["success_ci95"], scale=100) + " %"
+    return interval(side["return"], side["return_ci95"], digits=0)
+
+
 def side_row(name: str, side: dict[str, Any], *, env_steps: int | None, seconds: float | None) -> list[str]:
     """A policy's row: name, success in per cent, return, ways, episodes, env steps, minutes."""
     digits = 2 if abs(side["return"]) < 10 else 0
@@ -80,7 +87,8 @@ def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
     for axis, evaluation, name in ((axes[0], before, "BC"), (axes[1], after, "tuned")):
         draw(axis, evaluation)
-        axis.set_title(f"{name}\n{evaluation.describe()}", fontsize=9)
+        what = "return" if evaluation.success is None else "success"
+        axis.set_title(f"{name}: {what} {measure(evaluation.summary())}", fontsize=10)
     return figure
 
 

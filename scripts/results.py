@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dprl.files import read_json, replacing
-from dprl.report import interval, markdown
+from dprl.report import markdown, measure
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -58,13 +58,6 @@ def main_table(groups: dict, algos: Iterable[str]) -> str:
                 ]
             )
     return markdown(rows, ["task", "method", "seed", "BC", "result", "episodes", "env steps", "minutes"])
-
-
-def measure(side: dict[str, Any]) -> str:
-    """Success in per cent where there is such a notion, else return, with the 95 % interval."""
-    if side["success"] is not None:
-        return interval(side["success"], side["success_ci95"], scale=100) + " %"
-    return interval(side["return"], side["return_ci95"], digits=0)
 
 
 def ways_table(groups: dict) -> str:

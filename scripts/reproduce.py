@@ -31,6 +31,13 @@ def run(name: str, task: str, algo: str, seed: int, *arguments: str) -> None:
     shutil.copy(out / "result.json", ROOT / "results" / f"{out.name}.json")
 
 
+def figure(name: str, out: Path, seed: int) -> None:
+    """The first seed's figure, for the documentation."""
+    if seed == 0:
+        (ROOT / "docs" / "figures").mkdir(exist_ok=True)
+        shutil.copy(out / "comparison.png", ROOT / "docs" / "figures" / f"{name}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=SEEDS, help="which pipelines")
@@ -49,16 +56,14 @@ def main() -> None:
                 run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
         elif what == "ways":
             run("finetune.py", "avoid", "dppo_ways", seed, "algo=dppo_ways")
+            figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)
         else:
             if not Path(f"data/avoid-{seed}.hdf5").is_file():
                 program("scripts/demonstrations.py", f"seed={seed}")
             run("pretrain.py", "avoid", "bc", seed)
             run("pretrain.py", "avoid", "mse", seed, "policy=regression", "name=mse")
             run("finetune.py", "avoid", "dppo", seed, "algo=dppo")
-            if seed == SEEDS["avoid"][0]:
-                figures = ROOT / "docs" / "figures"
-                figures.mkdir(exist_ok=True)
-                shutil.copy(f"runs/avoid-dppo-{seed}/comparison.png", figures / "avoid.png")
+            figure("avoid", Path(f"runs/avoid-dppo-{seed}"), seed)
 
 
 if __name__ == "__main__":

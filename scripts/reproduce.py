@@ -2,6 +2,7 @@
 
     python scripts/reproduce.py avoid                                   # about 10 minutes on two cores
     python scripts/reproduce.py predict                                 # after avoid: the other prediction targets
+    python scripts/reproduce.py long                                    # after avoid: cloned for three times as long
     python scripts/reproduce.py ways                                    # after avoid: tuned with the regulariser
     python scripts/reproduce.py hopper --data hopper-medium.hdf5        # about 30 minutes
 
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "ways": (0, 1, 2), "hopper": (0, 1)}
+SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "long": (0, 1, 2), "ways": (0, 1, 2), "hopper": (0, 1)}
 
 
 def program(name: str, *arguments: str) -> None:
@@ -54,6 +55,8 @@ def main() -> None:
         elif what == "predict":
             for target in ("noise", "v"):
                 run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
+        elif what == "long":
+            run("pretrain.py", "avoid", "bc_long", seed, "train.steps=45000", "train.save_every=15000", "name=bc_long")
         elif what == "ways":
             run("finetune.py", "avoid", "dppo_ways", seed, "algo=dppo_ways")
             figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)

@@ -20,6 +20,7 @@ NAMES = {
     "bc_noise": "BC, noise prediction",
     "bc_v": "BC, v prediction",
     "bc": "BC, clean-chunk prediction",
+    "bc_long": "the same, three times as long",
     "dppo": "DPPO",
     "dppo_ways": "DPPO with the regulariser",
 }

@@ -121,3 +121,21 @@ def test_one_batch_is_overfitted():
     obs, act = torch.linspace(-1, 1, 8).view(8, 1, 1), torch.rand(8, 4, 1) * 2 - 1
     policy = train(diffusion(width=64), obs, act, steps=1500)
     torch.testing.assert_close(policy.sample(obs).act, act, atol=0.08, rtol=0)
+
+
+def test_gradients_are_the_same_bits_each_time_with_several_threads():
+    policy = diffusion(width=256, steps=20)
+    x, i, obs = torch.randn(8000, 4, 1), torch.randint(0, 20, (8000,)), torch.randn(8000, 1, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+
+    def gradients():
+        policy.zero_grad()
+        policy.reverse(x, i, policy.encode(obs))[0].square().sum().backward()
+        return [p.grad.clone() for p in policy.parameters()]
+
+    try:
+        first = gradients()
+        assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, gradients(), strict=True))
+    finally:
+        torch.set_num_threads(threads)

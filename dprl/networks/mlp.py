@@ -75,6 +75,7 @@ class MLPDenoiser(nn.Module):
         return self.obs(obs.flatten(1))  # [N, To, O] -> [N, W]
 
     def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
-        level = self.time(self.table[k]) if k.dim() == 0 else self.time(self.table)[k]  # [W] or [N, W]
+        # not [k]: the gradient of an index adds up in another order each time when there are several threads
+        level = self.time(self.table[k]) if k.dim() == 0 else nn.functional.embedding(k, self.time(self.table))  # [W] or [N, W]
         h = self.chunk(x.flatten(1)) + cond + level  # [N, W]
         return self.out(self.trunk(h)).view_as(x)  # [N, H, A]

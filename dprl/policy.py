@@ -4,6 +4,7 @@ Letters: N batch, H horizon (predicted steps, Tp), Ta executed steps, To observe
 """
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ class Actor(Protocol):
     def __call__(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class ChunkPolicy(nn.Module):
+class ChunkPolicy(nn.Module, ABC):
     """Horizons and normalisers. A subclass adds ``loss(obs, act, mask)`` and ``forward``, and so is an ``Actor``."""
 
     def __init__(self, *, obs_shape, act_dim: int, horizon: int, act_steps: int, obs_steps: int, obs_limit: float | None):
@@ -61,9 +62,9 @@ class ChunkPolicy(nn.Module):
         """A normalised chunk [N, H, A] as executed, in environment units: [N, Ta, A]."""
         return self.act_norm.inverse(self.executed(x))
 
+    @abstractmethod
     def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
         """Cloning loss on ``obs`` [N, To, O], ``act`` [N, H, A], ``mask`` [N, H] (true where the step exists)."""
-        raise NotImplementedError
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ def test_tensorboard(command, cloned):
 
 def test_one_environment_and_async(command, cloned):
     command("finetune.py", *DPPO, "num_envs=1", "algo.env_steps=200", "task.env.backend=async", "out=runs/one")
+    assert 0 < result(cloned / "runs/one")["env_steps"] <= 200
 
 
 def test_a_users_own_reward_by_name(command, cloned):
@@ -308,6 +309,7 @@ def test_episodes_shorter_than_a_chunk_are_legal(command, cloned):
     short = replace(short, ends=ends, terminated=torch.tensor([True, False, True]), last_obs=None)
     d4rl.save(cloned / "short.hdf5", short)
     command("pretrain.py", *CLONE, "data.path=short.hdf5", "out=runs/short")
+    assert result(cloned / "runs/short")["bc"]["n"] == 6
 
 
 @pytest.mark.parametrize("program", ["pretrain.py", "finetune.py", "scripts/demonstrations.py", "scripts/compare.py"])

@@ -16,12 +16,13 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
-from dprl.diffusion import DiffusionPolicy
+from dprl.diffusion import DiffusionPolicy, Step
 from dprl.envs.collect import Collect, Rollout
 from dprl.errors import found
-from dprl.normalize import Obs
+from dprl.log import Sums
+from dprl.normalize import MinMax, Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
-from dprl.policy import device_of, frozen
+from dprl.policy import device_of, frozen, repeated
 from dprl.returns import ReturnScale, chunk_rewards, discounts
 
 
@@ -66,21 +67,37 @@ class ChainActor(nn.Module):
         return self
 
     @property
+    def obs_norm(self) -> nn.Module:
+        return self.tuned.obs_norm
+
+    @property
+    def act_norm(self) -> MinMax:
+        return self.tuned.act_norm
+
+    @property
     def tuned_steps(self) -> int:
         return len(self.tuned.schedule) - self.first
 
-    def start(self, obs: Obs) -> Tensor:
-        """The base's part of the chain: x [N, H, A] before the first tuned step."""
-        x = self.base.prior(len(obs))
+    def start(self, obs: Obs, each: int = 1) -> Tensor:
+        """The base's part of the chain, ``each`` times for an observation: x [N each, H, A] before the first tuned step."""
+        x = self.base.prior(len(obs) * each)
         if self.first:
-            for step in self.base.denoise(x, self.base.encode(obs), range(self.first)):
+            for step in self.base.denoise(x, repeated(self.base.encode(obs), each), range(self.first)):
                 x = step.x
         return x
 
+    def chain(self, obs: Obs, each: int = 1, **explore: Any) -> tuple[Tensor, list[Step]]:
+        """Whole chains: where their tuned part starts, and its steps."""
+        x, cond = self.start(obs, each), repeated(self.tuned.encode(obs), each)
+        return x, list(self.tuned.denoise(x, cond, range(self.first, len(self.tuned.schedule)), **explore))
+
+    def candidates(self, obs: Obs, n: int) -> Tensor:
+        """``n`` chunks for each observation, without exploration: [N, n, Ta, A]."""
+        return self.tuned.to_env(self.chain(obs, n)[1][-1].x).unflatten(0, (-1, n))
+
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
-        x = self.start(obs)
         explore: dict[str, Any] = dict(min_std=self.min_std, noise_limit=self.noise_limit) if self.training else {}
-        steps = list(self.tuned.denoise(x, self.tuned.encode(obs), range(self.first, len(self.tuned.schedule)), **explore))
+        x, steps = self.chain(obs, **explore)
         act = self.tuned.to_env(steps[-1].x)
         if not self.training:
             return act, {}
@@ -277,21 +294,19 @@ class DPPO:
     def update(self, batch: TensorDict) -> dict[str, float]:
         """``epochs`` passes over the M states in minibatches of ``batch`` states, each with all its K' steps."""
         warm = self.iteration < self.critic_warmup
-        sums: dict[str, Tensor] = {}
-        count, stop = 0, False
+        sums, count, stop = Sums(), 0, False
         for _ in range(self.epochs):
             order = torch.randperm(len(batch), device=batch.device or batch["adv"].device)
             for index in order.chunk(max(1, round(len(order) / self.batch))):
                 metrics = self._step(batch[index], warm)
-                for key, value in metrics.items():
-                    sums[key] = sums.get(key, 0) + value  # type: ignore[assignment]
+                sums.add(metrics)
                 count += 1
                 if self.target_kl is not None and not warm and float(metrics["kl"]) > self.target_kl:
                     stop = True
                     break
             if stop:
                 break
-        return {key: float(value) / count for key, value in sums.items()} | {"updates": count, "stopped": float(stop)}
+        return sums.means() | {"updates": count, "stopped": float(stop)}
 
     def _step(self, rows: TensorDict, warm: bool) -> dict[str, Tensor]:
         loss = value_loss(self.value(rows["obs"]), rows["value"], rows["target"], self.value_clip)

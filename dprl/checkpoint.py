@@ -6,6 +6,7 @@ Nothing here unpickles: safetensors, JSON, and ``torch.load(weights_only=True)``
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,20 @@ def build(node: dict[str, Any], source: object) -> nn.Module:
         raise UserError(f"{source}: its actor cannot be built: {error.__cause__ or error}") from None
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> Loaded:
-    """The actor saved at ``path`` (a run's folder or a checkpoint's), exactly as it was, in ``eval`` mode."""
+def load(path: str | Path, *, device: torch.device | str = "cpu", changes: Mapping[str, Any] | None = None) -> Loaded:
+    """The actor saved at ``path`` (a run's folder or a checkpoint's), exactly as it was, in ``eval`` mode.
+
+    ``changes`` sets keys of its config to other values, such as how many candidates are ranked; the weights must still fit.
+    """
     folder = resolve(path)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else config
         raise found(f"{folder}/config.json is of another format", f"format {FORMAT}", got, "use the dprl that wrote it")
+    for key in changes or {}:
+        if key not in config["actor"]:
+            raise found(f"{folder}: the actor has no setting {key}", sorted(config["actor"]), key, "name one of these")
+    config["actor"] |= changes or {}
     actor = build(config["actor"], folder)
     try:
         weights = load_file(folder / "model.safetensors")

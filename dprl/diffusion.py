@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from dprl.normalize import Obs
-from dprl.policy import ChunkPolicy, device_of, masked_mse
+from dprl.policy import ChunkPolicy, device_of, masked_mse, repeated
 from dprl.schedule import Predict, Schedule
 
 Cond = Tensor | TensorDictBase  # what a denoiser makes of an observation; leading dimension N
@@ -125,13 +125,18 @@ class DiffusionPolicy(ChunkPolicy):
         noise: Tensor | None = None,
         min_std: float = 0.0,
         keep: bool = False,
+        each: int = 1,
     ) -> Chain:
-        """Draws a chunk for each observation; ``noise`` [N, H, A] sets where the chain begins, ``keep`` records it."""
-        x = self.prior(len(obs)) if noise is None else noise
-        steps = range(len(self.schedule))
-        xs = [x, *(step.x for step in self.denoise(x, self.encode(obs), steps, guide=guide, min_std=min_std))]
+        """Draws ``each`` chunks for each observation, which is encoded once; ``noise`` [N each, H, A] sets where the
+        chains begin, ``keep`` records them."""
+        x = self.prior(len(obs) * each) if noise is None else noise
+        cond, steps = repeated(self.encode(obs), each), range(len(self.schedule))
+        xs = [x, *(step.x for step in self.denoise(x, cond, steps, guide=guide, min_std=min_std))]
         return Chain(self.to_env(xs[-1]), torch.stack(xs, 1) if keep else None)
 
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
         """As an ``Actor``."""
         return self.sample(obs).act, {}
+
+    def candidates(self, obs: Obs, n: int) -> Tensor:
+        return self.sample(obs, each=n).act.unflatten(0, (-1, n))  # [N, n, Ta, A]

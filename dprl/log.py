@@ -85,6 +85,22 @@ class TensorBoard:
         self.writer.close()
 
 
+class Sums:
+    """Means of what gradient steps tell, added up where they are: nothing waits for a device until ``means``."""
+
+    def __init__(self):
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        for key, value in metrics.items():
+            self.sums[key] = self.sums.get(key, 0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
+
+
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -30,6 +30,12 @@ def warmup_cosine(progress: float, *, lr: float, final: float, warmup: float) ->
     return final + (lr - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """Moves every parameter of ``target`` by ``rate`` towards ``source``'s."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)  # type: ignore[attr-defined]
+
+
 def ema(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average that trusts early weights less: decay min(``decay``, (1 + n) / (10 + n))."""
 

@@ -26,7 +26,17 @@ class Actor(Protocol):
     obs_steps: int
     act_steps: int
 
+    @property
+    def obs_norm(self) -> nn.Module: ...
+
+    @property
+    def act_norm(self) -> MinMax: ...
+
     def __call__(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def candidates(self, obs: Obs, n: int) -> Tensor:
+        """``n`` chunks for each observation, [N, n, Ta, A], for another actor to choose among."""
+        ...
 
 
 class ChunkPolicy(nn.Module, ABC):
@@ -62,9 +72,18 @@ class ChunkPolicy(nn.Module, ABC):
         """A normalised chunk [N, H, A] as executed, in environment units: [N, Ta, A]."""
         return self.act_norm.inverse(self.executed(x))
 
+    def candidates(self, obs: Obs, n: int) -> Tensor:
+        """``n`` chunks for each of the N observations: [N, n, Ta, A] in environment units."""
+        return self(repeated(obs, n))[0].unflatten(0, (-1, n))
+
     @abstractmethod
     def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
         """Cloning loss on ``obs`` [N, To, O], ``act`` [N, H, A], ``mask`` [N, H] (true where the step exists)."""
+
+
+def repeated(rows: Any, n: int) -> Any:
+    """Each row of a tensor, or of a dictionary of tensors, ``n`` times: [N, ...] -> [N n, ...]."""
+    return rows if n == 1 else rows.repeat_interleave(n, 0)
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -45,19 +45,12 @@ COLUMNS = ["policy", "success %, 95 % CI", "return, 95 % CI", "ways", "episodes"
 
 
 def rows(name: str, result: dict[str, Any]) -> list[list[str]]:
-    """A run's rows: its BC and, if it has one, its tuned policy."""
-    tuned = "tuned" in result
-    out = [
-        side_row(
-            f"{name}: BC" if tuned else name,
-            result["bc"],
-            env_steps=None if tuned else 0,
-            seconds=None if tuned else result["train_seconds"],
-        )
-    ]
-    if tuned:
-        out.append(side_row(f"{name}: tuned", result["tuned"], env_steps=result["env_steps"], seconds=result["train_seconds"]))
-    return out
+    """A run's rows: its BC and its tuned policy, or the one of them that it has."""
+    spent = dict(env_steps=result["env_steps"], seconds=result["train_seconds"])
+    sides = [side for side in ("bc", "tuned") if side in result]  # cloned, tuned, or both
+    if len(sides) == 1:
+        return [side_row(name, result[sides[0]], **spent)]
+    return [side_row(f"{name}: BC", result["bc"], env_steps=None, seconds=None), side_row(f"{name}: tuned", result["tuned"], **spent)]
 
 
 def markdown(lines: Iterable[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
@@ -83,8 +76,8 @@ def write_comparison(folder: Path, result: dict[str, Any], before: Evaluation, a
 
 def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
     """Two panels with the same axes."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
     for axis, evaluation, name in ((axes[0], before, "BC"), (axes[1], after, "tuned")):
         draw(axis, evaluation)
         what = "return" if evaluation.success is None else "success"
@@ -112,8 +105,8 @@ def paths(axis: Any, evaluation: Evaluation, *, columns: list[int], field: Calla
 
 def curves(runs: dict[str, list[dict[str, Any]]], key: str) -> Any:
     """``key`` of metrics.jsonl against environment steps and against minutes, a line a run that has it."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for name, lines in runs.items():
         points = [(line.get("env_steps") or 0, line["seconds"] / 60, line[key]) for line in lines if line.get(key) is not None]
         if not points:
@@ -129,14 +122,42 @@ def curves(runs: dict[str, list[dict[str, Any]]], key: str) -> Any:
     return figure
 
 
+def sweep(rows: Sequence[dict[str, Any]], key: str) -> Any:
+    """Success, or return where there is none, against the setting ``key``, a line for each value of the others."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    what = "return" if rows[0]["success"] is None else "success"
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if key in row["settings"]:
+            name = ", ".join(f"{k}={v}" for k, v in row["settings"].items() if k != key)
+            lines.setdefault(name, []).append(row)
+    numbers = all(isinstance(row["settings"][key], int | float) for line in lines.values() for row in line)
+    for name, line in lines.items():
+        if numbers:
+            line.sort(key=lambda row: row["settings"][key])
+        x = [row["settings"][key] if numbers else str(row["settings"][key]) for row in line]
+        low, high = zip(*(row[f"{what}_ci95"] for row in line), strict=True)
+        drawn = axis.plot(x, [row[what] for row in line], marker=".", label=name or None)
+        axis.fill_between(x, low, high, color=drawn[0].get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel=key, ylabel=what)
+    if numbers and min(row["settings"][key] for line in lines.values() for row in line) > 0:
+        axis.set_xscale("log", base=2)
+    if any(lines):
+        axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
 def save(figure: Any, path: Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -25,7 +25,14 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """What every ``result.json`` tells of how it came about."""
-    return {"task": cfg.task.name, "algo": cfg.name, "seed": cfg.seed, "config": plain(cfg), "versions": versions()}
+    return {
+        "task": cfg.task.name,
+        "algo": cfg.name,
+        "seed": cfg.seed,
+        "config": plain(cfg),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @dataclass(frozen=True)

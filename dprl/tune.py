@@ -74,8 +74,12 @@ class Tuner:
         }
         path = checkpoint.at(self.folder, self.iteration)
         checkpoint.save(path, self.algo.actor, node=self.node, task=self.cfg.task.name, trainer=trainer)
-        checkpoint.keep(self.folder, self.iteration, score)
+        checkpoint.keep(self.folder, self.iteration, self.rank(score))
         self.begin()
+
+    def rank(self, score: float) -> float | None:
+        """What a checkpoint is ranked by, or None where the last one is what counts."""
+        return score if self.cfg.evaluation.choose == "best" else None
 
     def begin(self) -> None:
         """New episodes in every environment, seeded by (seed, iteration)."""
@@ -89,7 +93,7 @@ class Tuner:
         self.algo.load_state_dict(trainer["algo"])
         self.iteration = self.saved = trainer["iteration"]
         self.evaluation_steps, self.collector.env_steps = trainer["evaluation_steps"], trainer["env_steps"]
-        checkpoint.keep(self.folder, step, trainer["score"])  # in case the run was cut off between the two
+        checkpoint.keep(self.folder, step, self.rank(trainer["score"]))  # in case the run was cut off between the two
         run.set_rng_state(trainer["rng"])
         return trainer["seconds"]
 
@@ -99,6 +103,8 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
     run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
+    if cfg.evaluation.choose not in ("best", "last"):
+        raise found("evaluation.choose is unknown", "best or last", cfg.evaluation.choose, "evaluation.choose=best")
     device = run.prepare(cfg)
     base = folder / "base"  # the run's own copy of what it began with
     start = checkpoint.load(base if base.exists() else cfg.policy_from, device=device)

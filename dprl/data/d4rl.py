@@ -1,33 +1,62 @@
 """The HDF5 layout of D4RL, read and written with h5py: flat arrays, an episode ends at ``terminals`` or ``timeouts``."""
 
 import os
+import re
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 
+from dprl.data.download import fetch
 from dprl.data.episodes import Episodes, check
 from dprl.errors import UserError, found
 from dprl.files import replacing
 
+SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 REQUIRED = ("observations", "actions")
 
 
-def load(path: str | os.PathLike, hint: str = "data.path=<a D4RL-layout HDF5 file>") -> Episodes:
+def load(
+    path: str | os.PathLike, hint: str = "data.path=<a D4RL-layout HDF5 file>", *, download: bool = False, url: str | None = None
+) -> Episodes:
     """Reads one file. v0 files, without ``next_observations``, and files without rewards are welcome.
 
-    A file that stops in mid-episode ends in an episode that is cut there, not terminated. ``hint`` is said when there
-    is no file.
+    A bare name, such as ``hopper_medium-v2``, is looked up in D4RL's own folder too; with ``download`` it is fetched to
+    there, from ``url`` or from where D4RL keeps it. A file that stops in mid-episode ends in an episode that is cut
+    there, not terminated. ``hint`` is said when there is no file.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise found("no data file", "an HDF5 file in D4RL's layout", f"nothing at {path}", hint)
+    path = _find(Path(path).expanduser(), hint, download, url)
     try:
         with h5py.File(path) as file:
             return check(_read(file, str(path)))
     except OSError as error:
         raise found(f"{path} cannot be read", "an HDF5 file in D4RL's layout", error, hint) from None
+
+
+def _find(path: Path, hint: str, download: bool, url: str | None) -> Path:
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    name = path.name if path.suffix in (".hdf5", ".h5") else f"{path.name}.hdf5"
+    places = [path, *([folder / name] if path.parent == Path() else [])]
+    for place in places:
+        if place.is_file():
+            return place
+    if not download:
+        looked = " nor at ".join(map(str, places))
+        raise found("no data file", "an HDF5 file in D4RL's layout", f"nothing at {looked}", hint)
+    url = url or published(name)
+    if url is None:
+        raise found(f"where to download {name} from is not known", "data.url=<its address>", None, "data.url=... data.download=true")
+    return fetch(url, places[-1])
+
+
+def published(name: str) -> str | None:
+    """Where D4RL keeps its locomotion files, such as ``hopper_medium-v2.hdf5``; None for others."""
+    match = re.fullmatch(r"(?:hopper|halfcheetah|walker2d|ant)_[a-z_]+?(?:-v([012]))?\.hdf5", name)
+    if match is None:
+        return None
+    version = match[1] or "0"
+    return f"{SERVER}/gym_mujoco{'' if version == '0' else f'_v{version}'}/{name.replace('-v0', '')}"
 
 
 def _read(file: h5py.File, source: str) -> Episodes:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from omegaconf import DictConfig
 
 from dprl import setup
@@ -22,7 +21,7 @@ def demonstrate(expert, envs: VecEnv, episodes: int, seed: int) -> tuple[Episode
     """``episodes`` successful episodes of ``expert`` in ``envs`` (one, a step at a time), and how many failed."""
     data: dict[str, list] = {"obs": [], "act": [], "rew": [], "ends": [], "last": [], "terminated": []}
     failed, in_a_row = 0, 0
-    low, high = _bounds(envs)
+    low, high = envs.bounds
     for start in seeds(100 * episodes, seed):
         expert.reset()
         obs = envs.reset(seeds=[start])
@@ -63,12 +62,6 @@ def demonstrate(expert, envs: VecEnv, episodes: int, seed: int) -> tuple[Episode
         ),
         failed,
     )
-
-
-def _bounds(envs: VecEnv) -> tuple[np.ndarray, np.ndarray]:
-    space = envs.envs.single_action_space
-    assert isinstance(space, spaces.Box)
-    return space.low[0], space.high[0]
 
 
 def write(cfg: DictConfig, overrides: list[str]) -> None:

@@ -47,6 +47,12 @@ class VecEnv:
         self.act_steps, self.act_dim = envs.single_action_space.shape  # type: ignore[misc]
         self.obs_shape = shapes(envs.single_observation_space)
 
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the largest action: [A], [A]."""
+        space = self.envs.single_action_space
+        return space.low[0], space.high[0]  # type: ignore[attr-defined]
+
     def reset(self, *, seeds: Sequence[int | None] | None = None, mask: np.ndarray | None = None) -> Any:
         """Begins new episodes, in the environments of ``mask`` [N] only if given; returns all observations."""
         options = None if mask is None else {"reset_mask": mask}

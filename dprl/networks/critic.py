@@ -19,3 +19,51 @@ class StateValue(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
+
+
+def hidden(width: int, layers: int, activation: str, layer_norm: bool) -> nn.Sequential:
+    """What comes after a first linear layer: its norm and activation, then ``layers - 1`` hidden layers likewise."""
+    parts: list[nn.Module] = []
+    for layer in range(layers):
+        parts += [nn.Linear(width, width)] * (layer > 0) + [nn.LayerNorm(width)] * layer_norm + [getattr(nn, activation)()]
+    return nn.Sequential(*parts)
+
+
+class PlainValue(nn.Module):
+    """V(s): a plain MLP on the observed steps, [N, To, O] -> [N]."""
+
+    def __init__(self, *, width: int, layers: int, activation: str, layer_norm: bool, obs_shape: list[int], obs_steps: int):
+        super().__init__()
+        first = nn.Linear(obs_steps * obs_shape[-1], width)
+        self.net = nn.Sequential(nn.Flatten(), first, hidden(width, layers, activation, layer_norm), nn.Linear(width, 1))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+class ChunkValue(nn.Module):
+    """Q(s, chunk): a plain MLP whose first layer is kept as two, so that many chunks of one observation share its part."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        layers: int,
+        activation: str,
+        layer_norm: bool,
+        obs_shape: list[int],
+        obs_steps: int,
+        act_dim: int,
+        act_steps: int,
+    ):
+        super().__init__()
+        self.obs = nn.Linear(obs_steps * obs_shape[-1], width)
+        self.chunk = nn.Linear(act_steps * act_dim, width, bias=False)
+        self.rest = nn.Sequential(hidden(width, layers, activation, layer_norm), nn.Linear(width, 1))
+
+    def encode(self, obs: Tensor) -> Tensor:
+        return self.obs(obs.flatten(1))  # [N, To, O] -> [N, W]
+
+    def forward(self, cond: Tensor, act: Tensor) -> Tensor:
+        """``act`` [N, n, Ta, A], n chunks for each ``cond`` [N, W]: [N, n]."""
+        return self.rest(self.chunk(act.flatten(2)) + cond[:, None]).squeeze(-1)

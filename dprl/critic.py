@@ -1,0 +1,133 @@
+"""Critics of action chunks: Q(s, chunk), its Polyak average and V(s), what they regress on, and where they come from.
+
+Letters: N batch, n chunks of one observation, Ta steps of a chunk, To observed steps, O observation dim, A action dim,
+E members of the ensemble.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from dprl import checkpoint
+from dprl.errors import found
+from dprl.files import read_json
+from dprl.normalize import Obs
+from dprl.optim import polyak
+from dprl.policy import Actor, frozen
+
+
+class Critic(nn.Module):
+    """``members`` Qs, their average and a V, in environment units; it scales both sides as ``policy`` does.
+
+    ``scale`` is what rewards are multiplied by before they are learned from.
+    """
+
+    scale: Tensor
+
+    def __init__(self, *, policy: Actor, q: Callable[..., nn.Module], v: Callable[..., nn.Module], members: int):
+        super().__init__()
+        if members < 1:
+            raise found("the critic has no members", "algo.actor.critic.members of at least 1", members, "algo.actor.critic.members=2")
+        self.obs_norm, self.act_norm = copy.deepcopy(policy.obs_norm), copy.deepcopy(policy.act_norm)
+        sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps)
+        self.sizes = sizes | dict(act_dim=policy.act_dim, act_steps=policy.act_steps)
+        self.q = nn.ModuleList(q(**self.sizes) for _ in range(members))
+        self.target = frozen(self.q)
+        self.v = v(**sizes)
+        self.register_buffer("scale", torch.ones(()))
+
+    def state_value(self, obs: Obs) -> Tensor:
+        """V(s): [N, To, O] -> [N]."""
+        return self.v(self.obs_norm(obs))
+
+    def values(self, obs: Obs, act: Tensor, *, target: bool = True) -> Tensor:
+        """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once."""
+        obs, act = self.obs_norm(obs), self.act_norm(act)
+        return torch.stack([q(q.encode(obs), act) for q in (self.target if target else self.q)])  # type: ignore[operator]
+
+    def score(self, obs: Obs, act: Tensor) -> Tensor:
+        """The least of the target members' Qs of ``act`` [N, n, Ta, A]: [N, n]."""
+        return self.values(obs, act).amin(0)
+
+    def follow(self, rate: float) -> None:
+        """Moves the targets by ``rate`` towards the Qs (Polyak averaging)."""
+        polyak(self.target, self.q, rate)
+
+
+def expectile_loss(error: Tensor, expectile: float) -> Tensor:
+    """mean |tau - 1(u < 0)| u^2 of ``error`` u = target - value (Kostrikov et al., 2021, eq. 5)."""
+    return (torch.where(error < 0, 1 - expectile, expectile) * error.square()).mean()
+
+
+def td_target(batch: TensorDict, next_value: Tensor, scale: Tensor) -> Tensor:
+    """sum_t gamma^t r_t + gamma^length (1 - terminated) V(next_obs): what is cut by time only is bootstrapped. [N]"""
+    return scale * batch["rew"] + batch["discount"] * ~batch["terminated"] * next_value
+
+
+def v_loss(critic: Critic, batch: TensorDict, expectile: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """V regresses on an upper expectile of the least target Q over the data's chunks (Hansen-Estruch et al., 2023)."""
+    with torch.no_grad():
+        q = critic.score(batch["obs"], batch["act"][:, None]).squeeze(1)
+    v = critic.state_value(batch["obs"])
+    loss = expectile_loss(q - v, expectile)
+    return loss, {"v_loss": loss.detach(), "v": v.detach().mean(), "advantage": (q - v.detach()).mean()}
+
+
+def q_loss(critic: Critic, batch: TensorDict, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every Q regresses on ``target`` [N]: the mean squared error over members and batch."""
+    q = critic.values(batch["obs"], batch["act"][:, None], target=False).squeeze(-1)  # [E, N]
+    loss = (q - target).square().mean()
+    return loss, {"q_loss": loss.detach(), "q": q.detach().mean()}
+
+
+def from_run(run: str | None, reward: dict[str, Any]) -> Critic | None:
+    """The critic that an earlier run trained, or None for ``run`` null; refused if another ``reward`` trained it."""
+    if run is None:
+        return None
+    path = checkpoint.resolve(run)
+    loaded = checkpoint.load(path)
+    critic = getattr(loaded.actor, "critic", None)
+    if not isinstance(critic, Critic):
+        raise found("algo.critic_from has no critic", "a run that trained one", f"{path}: {type(loaded.actor).__name__}", "name another")
+    saved = _reward_of(path)
+    if saved is not None and saved != OmegaConf.to_container(OmegaConf.create(reward), resolve=True):
+        raise found(f"the critic of {run} was trained with another reward", reward, saved, "reward= as there, or train another critic")
+    return critic
+
+
+def _reward_of(path: Path) -> dict[str, Any] | None:
+    """The reward terms of the run that the checkpoint at ``path`` is part of, if it is still part of one."""
+    for config in (path.parent.parent / "config.json", path.parent / "config.json"):
+        if config.is_file() and "reward" in (saved := read_json(config)):
+            return saved["reward"]["terms"]
+    return None
+
+
+def adopt(critic: Critic, other: Critic, source: str) -> None:
+    """Copies ``other`` into ``critic``; refused unless sizes and normalisers are the same."""
+    if critic.sizes != other.sizes:
+        raise found(
+            f"the critic of {source} is of other sizes", critic.sizes, other.sizes, "a critic trained on this task and chunk length"
+        )
+    mine, theirs = critic.state_dict(), other.state_dict()
+    shapes = {k: tuple(v.shape) for k, v in mine.items()}, {k: tuple(v.shape) for k, v in theirs.items()}
+    if shapes[0] != shapes[1]:
+        key = next(k for k in sorted(shapes[0].keys() | shapes[1].keys()) if shapes[0].get(k) != shapes[1].get(k))
+        expected, got = (f"{key}: {side.get(key)}" for side in shapes)
+        raise found(f"the critic of {source} is of other sizes", expected, got, "algo.actor.critic as in that run's config.json")
+    for key in mine:
+        if "_norm." in key and not torch.allclose(mine[key].cpu(), theirs[key].cpu(), rtol=1e-3, atol=1e-3):
+            expected, got = ([round(x, 4) for x in side[key].flatten()[:4].tolist()] for side in (mine, theirs))
+            raise found(
+                f"the critic of {source} was trained with another normaliser ({key})",
+                f"{expected}...",
+                f"{got}...",
+                "a critic of this policy",
+            )
+    critic.load_state_dict(theirs)

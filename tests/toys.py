@@ -66,7 +66,7 @@ class Named(gym.Env):
         return {"place": np.array([1.0, 2.0]), "goal": np.array([3.0, 4.0]), "unused": np.array([5.0, 6.0])}
 
 
-gym.register("Counter-v0", Counter, max_episode_steps=10)
+gym.register("Counter-v0", "toys:Counter", max_episode_steps=10)
 gym.register("Endless-v0", Counter)
 gym.register("Aim-v0", Aim, max_episode_steps=10)
 gym.register("Named-v0", Named, max_episode_steps=10)

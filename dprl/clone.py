@@ -9,8 +9,8 @@ from torch import nn
 
 from dprl import checkpoint, run, setup
 from dprl.data.episodes import Episodes
+from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
-from dprl.envs.vector import check_fits
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import write_json
 from dprl.log import Metrics, curve
@@ -99,7 +99,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     kept, held = episodes.split(cfg.train.validation, cfg.seed)
     policy: ChunkPolicy = setup.construct(node, "policy").to(device)
     envs, modes = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs), setup.modes(cfg)
-    check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=episodes.source)
+    check_sizes(envs, episodes)
+    check_actions(envs, episodes)
     cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
     held_windows = Windows(held, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device) if held else None
     logger = setup.logger(cfg)

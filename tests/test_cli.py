@@ -21,6 +21,10 @@ SMALL = ["policy.denoiser.width=32", "policy.schedule.steps=4", "evaluation.num_
 CLONE = [*SMALL, "train.steps=60", "train.save_every=20", "train.log_every=10", "train.batch=32", "evaluation.episodes=4"]
 TUNE = ["evaluation.num_envs=4", "evaluation.final_episodes=6", "evaluation.episodes=4", "evaluation.every=2", "num_envs=3", "threads=1"]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+IDQL = [
+    *[*TUNE, "algo=idql", "algo.offline_steps=20", "algo.updates=5", "algo.online_steps=200", "algo.chunks=2", "algo.utd=0.1"],
+    *["algo.batch=16", "algo.actor.candidates=3", "algo.actor.critic.q.width=16", "algo.critic_warmup=5", "algo.clone_lr=1e-4"],
+]
 DPPO = [*TUNE, "algo=dppo", "algo.env_steps=1200", "algo.chunks=8", "algo.actor.tuned_steps=2", "algo.epochs=2"]
 
 
@@ -140,19 +144,20 @@ def test_pretraining_interrupted_and_resumed_is_bit_identical(in_process, interr
     assert result(part)["bc"] == result(whole)["bc"]
 
 
-@pytest.fixture(scope="module")
-def tuned_once(cloned_once):
-    subprocess.run(
-        [sys.executable, str(ROOT / "finetune.py"), *DPPO, "out=runs/whole"], cwd=cloned_once, env=ENV, check=True, capture_output=True
-    )
-    return cloned_once / "runs/whole"
+@pytest.fixture(scope="module", params=[DPPO, IDQL], ids=["dppo", "idql"])
+def tuned_once(cloned_once, request):
+    """A whole run of an algorithm, and the settings that made it."""
+    run = cloned_once / "runs" / f"whole-{request.param_index}"
+    command = [sys.executable, str(ROOT / "finetune.py"), *request.param, f"out=runs/{run.name}"]
+    subprocess.run(command, cwd=cloned_once, env=ENV, check=True, capture_output=True)
+    return run, request.param
 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_finetuning_interrupted_and_resumed_is_bit_identical(tuned_once, in_process, interrupted, cloned, cut):
-    whole, part = tuned_once, cloned / "runs/part"
+    (whole, settings), part = tuned_once, cloned / "runs/part"
     place = CUTS[cut] | ({"at": 2} if cut == "before the first checkpoint" else {})  # the first saved is the base
-    interrupted("finetune.py", *DPPO, "out=runs/part", **place)
+    interrupted("finetune.py", *settings, "out=runs/part", **place)
     shutil.rmtree(cloned / "runs/avoid-bc-0")  # a run needs nothing but its own folder
     status, printed = in_process("finetune.py", "resume=runs/part")
     assert status == 0, printed
@@ -165,12 +170,62 @@ def test_finetuning_interrupted_and_resumed_is_bit_identical(tuned_once, in_proc
 
 
 def test_the_same_seed_twice_is_bit_identical(tuned_once, command, cloned):
-    command("finetune.py", *DPPO, "out=runs/again")
+    run, settings = tuned_once
+    command("finetune.py", *settings, "out=runs/again")
     again = cloned / "runs/again"
-    assert weights(again) == weights(tuned_once)
-    assert metrics(again) == metrics(tuned_once)
+    assert weights(again) == weights(run)
+    assert metrics(again) == metrics(run)
+
+
+def test_cloning_twice_is_bit_identical(command, cloned):
     command("pretrain.py", *CLONE, "out=runs/again-bc")
     assert weights(cloned / "runs/again-bc") == weights(cloned / "runs/avoid-bc-0")
+
+
+def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(command, cloned):
+    offline = [*IDQL, "algo.online_steps=0", "algo.clone_lr=0", "evaluation.choose=last"]
+    command("finetune.py", *offline, "out=runs/offline")
+    assert result(cloned / "runs/offline")["env_steps"] == 0
+    assert not (cloned / "runs/offline/best.json").exists()
+    command("finetune.py", *DPPO, "out=runs/tuned")
+    ranking = [*offline, "algo.offline_steps=0", "algo.critic_from=runs/offline", "algo.actor.candidates=2"]
+    command("finetune.py", *ranking, "policy_from=runs/tuned", "out=runs/ranked")
+    node = checkpoint.load(cloned / "runs/ranked").node
+    assert (node["_target_"], node["policy"]["_target_"]) == ("algos.idql.RankedActor", "algos.dppo.ChainActor")
+    critic, trained = (checkpoint.load(cloned / f"runs/{name}").actor.critic.state_dict() for name in ("ranked", "offline"))
+    assert all(torch.equal(critic[key], trained[key]) for key in trained if "_norm" not in key)
+    done = command("scripts/sweep.py", "runs/offline", "candidates=1,4", "select=argmax,softmax", "--episodes", "3")
+    rows = json.loads((cloned / "runs/offline/sweep.json").read_text())["rows"]
+    assert [(row["settings"]["candidates"], row["settings"]["select"]) for row in rows] == [
+        (1, "argmax"),
+        (1, "softmax"),
+        (4, "argmax"),
+        (4, "softmax"),
+    ]
+    assert all(row["n"] == 3 for row in rows) and "sweep.png" in done.stdout
+    again = command("scripts/sweep.py", "runs/offline", "candidates=1", "select=argmax", "--episodes", "3")
+    assert "select=argmax" not in again.stdout  # what is there is not run again
+    for out, reward in (("refused", ["reward=safe"]), ("wide", ["algo.actor.critic.q.width=24"])):
+        done = command("finetune.py", *ranking, *reward, f"out=runs/{out}", status=2)
+        assert ("another reward" if reward == ["reward=safe"] else "other sizes") in done.stderr
+        assert not (cloned / f"runs/{out}").exists()
+
+
+def test_inspect_data(command, cloned):
+    out = command("scripts/inspect_data.py").stdout
+    assert "6 terminations, 0 truncations" in out and "action 1" in out
+    assert (cloned / "runs/inspect/avoid.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("baseline", ["sac", "ppo"])
+def test_baselines_enter_the_comparison(command, cloned, baseline):
+    short = {"sac": ["baseline.learning_starts=50"], "ppo": ["baseline.n_steps=16", "baseline.batch_size=16"]}[baseline]
+    settings = [f"baseline={baseline}", "env_steps=96", "num_envs=2", "evaluation.every=40", *TUNE[:3], "threads=1", *short]
+    command("scripts/baseline_sb3.py", *settings)
+    got = result(cloned / f"runs/avoid-{baseline}-0")
+    assert got["tuned"]["n"] == 6 and got["env_steps"] >= 96 and "bc" not in got
+    table = command("scripts/compare.py", f"runs/avoid-{baseline}-0", "runs/avoid-bc-0").stdout
+    assert f"| runs/avoid-{baseline}-0 " in table
 
 
 def test_safe_reward_is_logged_term_by_term(command, cloned):
@@ -264,6 +319,36 @@ BAD = {
     "modes of nothing": (["finetune.py", "task.modes=path"], ["task.modes", "route"]),
     "another program's run": (["finetune.py", "resume=runs/avoid-bc-0"], ["another program"]),
     "a folder that is no run": (["pretrain.py", *CLONE, "resume=auto", "out=data"], ["data is no run"]),
+    "data with NaN": (["finetune.py", "algo=idql", "data.path=nan.hdf5"], ["nan.hdf5", "'observations'", "not finite"]),
+    "rewards with inf": (["finetune.py", "algo=idql", "data.path=inf.hdf5"], ["inf.hdf5", "'rewards'", "not finite"]),
+    "data without rewards": (["finetune.py", "algo=idql", "data.path=bare.hdf5"], ["bare.hdf5", "'task'", "data without rewards"]),
+    "actions beyond their bounds": (
+        ["finetune.py", "algo=idql", "data.path=wild.hdf5"],
+        ["wild.hdf5", "'actions'", "dimension 1", "bounds"],
+    ),
+    "cloning actions beyond their bounds": (["pretrain.py", "data.path=wild.hdf5"], ["wild.hdf5", "'actions'", "bounds"]),
+    "data of other sizes": (["finetune.py", "algo=idql", "data.path=thin.hdf5"], ["thin.hdf5", "another observation size", "[3]"]),
+    "a truncated file": (["finetune.py", "algo=idql", "data.path=cut.hdf5"], ["cut.hdf5", "cannot be read"]),
+    "an empty file": (["finetune.py", "algo=idql", "data.path=empty.hdf5"], ["empty.hdf5", "cannot be read"]),
+    "no data to learn from": (["finetune.py", "algo=idql", "data.path=none.hdf5"], ["none.hdf5", "data.path="]),
+    "a reward of info, offline": (
+        ["finetune.py", "algo=idql", "+reward.terms.x._target_=bad.told", "+reward.terms.x.weight=1"],
+        ["data/avoid-0.hdf5", "'x'", "data without `info`"],
+    ),
+    "no candidates": (["finetune.py", "algo=idql", "algo.actor.candidates=0"], ["algo.actor.candidates"]),
+    "ranking without a critic": (["finetune.py", "algo=idql", "algo.offline_steps=0"], ["nothing to rank by", "algo.critic_from"]),
+    "a critic from a run without one": (
+        ["finetune.py", "algo=idql", "algo.critic_from=runs/avoid-bc-0"],
+        ["algo.critic_from", "no critic"],
+    ),
+    "a critic from nowhere": (["finetune.py", "algo=idql", "algo.critic_from=runs/none"], ["runs/none"]),
+    "no such Minari dataset": (["pretrain.py", "data=minari", "data.id=test/none-v0"], ["test/none-v0", "data.download=true"]),
+    "no Minari name": (["pretrain.py", "data=minari"], ["data.id", "data.path"]),
+    "unknown way of choosing": (["finetune.py", "evaluation.choose=worst"], ["evaluation.choose", "worst"]),
+    "sweep of nothing": (["scripts/sweep.py", "runs/none", "candidates=1"], ["runs/none"]),
+    "sweep of an unknown setting": (["scripts/sweep.py", "runs/avoid-bc-0", "candidate=1"], ["candidate", "act_steps"]),
+    "sweep without values": (["scripts/sweep.py", "runs/avoid-bc-0", "candidates"], ["key=value,value"]),
+    "resuming a baseline": (["scripts/baseline_sb3.py", "resume=auto"], ["cannot resume"]),
     "compare what was not logged": (["scripts/compare.py", "runs/avoid-bc-0", "--key", "nothing"], ["nothing", "evaluation/success"]),
     "compare nothing": (["scripts/compare.py", "runs/none"], ["runs/none"]),
 }
@@ -274,8 +359,21 @@ def test_bad_input_is_one_message_and_nothing_written(in_process, cloned, name):
     (program, *arguments), expected = BAD[name]
     (cloned / "bad.py").write_text(
         "def two(a, b):\n    return 0\n\ndef shape(t):\n    return t.act\n\ndef raises(t):\n    return t.info['missing']\n\n"
-        "def fine(t):\n    return t.rew\n\ndef nan(t):\n    return t.rew * float('nan')\n"
+        "def fine(t):\n    return t.rew\n\ndef nan(t):\n    return t.rew * float('nan')\n\n"
+        "def told(t):\n    return t.info['success'] * 1.0\n"
     )
+    good = d4rl.load(cloned / "data/avoid-0.hdf5")
+    for file, changes in {
+        "nan": dict(obs=good.obs.index_fill(0, torch.tensor([7]), torch.nan)),
+        "inf": dict(rew=good.rew / 0),
+        "bare": dict(rew=None),
+        "wild": dict(act=good.act * torch.tensor([1.0, 20.0])),
+        "thin": dict(obs=good.obs[:, :3], last_obs=good.last_obs[:, :3]),
+    }.items():
+        d4rl.save(cloned / f"{file}.hdf5", replace(good, **changes))
+    whole = (cloned / "data/avoid-0.hdf5").read_bytes()
+    (cloned / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
+    (cloned / "empty.hdf5").write_bytes(b"")
     (cloned / "worse.py").write_text("no_such_name\n")
     tuned = {"_target_": "algos.dppo.ChainActor", "tuned_steps": 2, "min_std": 0.1, "noise_limit": 3.0}
     base = checkpoint.load(cloned / "runs/avoid-bc-0")
@@ -312,6 +410,9 @@ def test_episodes_shorter_than_a_chunk_are_legal(command, cloned):
     assert result(cloned / "runs/short")["bc"]["n"] == 6
 
 
-@pytest.mark.parametrize("program", ["pretrain.py", "finetune.py", "scripts/demonstrations.py", "scripts/compare.py"])
+SCRIPTS = ("demonstrations", "compare", "sweep", "inspect_data", "baseline_sb3")
+
+
+@pytest.mark.parametrize("program", ["pretrain.py", "finetune.py", *(f"scripts/{name}.py" for name in SCRIPTS)])
 def test_help(command, program):
     assert program.split("/")[-1].split(".")[0] in command(program, "--help").stdout

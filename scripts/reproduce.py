@@ -1,12 +1,13 @@
 """Runs the pipelines behind the tables, one after another, and puts their results into results/.
 
-    python scripts/reproduce.py avoid                                   # about 10 minutes on two cores
-    python scripts/reproduce.py predict                                 # after avoid: the other prediction targets
-    python scripts/reproduce.py long                                    # after avoid: cloned for three times as long
-    python scripts/reproduce.py ways                                    # after avoid: tuned with the regulariser
-    python scripts/reproduce.py hopper --data hopper-medium.hdf5        # about 30 minutes
+    python scripts/reproduce.py avoid                        # about 10 minutes on two cores
+    python scripts/reproduce.py predict                      # after avoid: the other prediction targets
+    python scripts/reproduce.py ways                         # after avoid: tuned with the regulariser
+    python scripts/reproduce.py hopper --data <folder>       # about 30 minutes
+    python scripts/reproduce.py idql --data <folder>         # about 60 minutes
 
-A run that ended is not run again, and one that was interrupted goes on.
+``<folder>`` holds D4RL-layout files: hopper-medium.hdf5, hopper-medium-replay.hdf5, halfcheetah-medium.hdf5. A run that
+ended is not run again, and one that was interrupted goes on.
 """
 
 import argparse
@@ -16,7 +17,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "long": (0, 1, 2), "ways": (0, 1, 2), "hopper": (0, 1)}
+SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "ways": (0, 1, 2), "hopper": (0, 1), "idql": (0, 1, 2)}
+LOGGED = {"medium_replay": "hopper", "medium": "hopper", "halfcheetah_medium": "halfcheetah"}  # data: the task
+# a policy for ranking: five reverse steps of a small network, so that many candidates cost little
+SMALL = ("width=256", "policy.schedule.sample_steps=5", "train.steps=16000", "train.save_every=8000")
+OFFLINE = ("num_envs=1", "evaluation.every=10", "evaluation.choose=last", "evaluation.num_envs=50", "evaluation.final_episodes=100")
 
 
 def program(name: str, *arguments: str) -> None:
@@ -28,7 +33,6 @@ def run(name: str, task: str, algo: str, seed: int, *arguments: str) -> None:
     out = Path(f"runs/{task}-{algo}-{seed}")
     if not (out / "result.json").is_file():
         program(name, f"task={task}", f"seed={seed}", f"out={out}", "resume=auto", *arguments)
-    (ROOT / "results").mkdir(exist_ok=True)
     shutil.copy(out / "result.json", ROOT / "results" / f"{out.name}.json")
 
 
@@ -39,24 +43,40 @@ def figure(name: str, out: Path, seed: int) -> None:
         shutil.copy(out / "comparison.png", ROOT / "docs" / "figures" / f"{name}.png")
 
 
+def logged(folder: str, data: str, seed: int) -> None:
+    """Cloning and IDQL on one file, and what else could have been ranked."""
+    task = LOGGED[data]
+    name = data.removeprefix(f"{task}_")
+    path = f"data.path={Path(folder) / f'{task}-{name}.hdf5'.replace('_', '-')}"
+    run("pretrain.py", task, f"bc_{name}", seed, path, f"name=bc_{name}", *SMALL)
+    base = f"policy_from=runs/{task}-bc_{name}-{seed}"
+    run("finetune.py", task, f"idql_{name}", seed, "algo=idql", path, base, f"name=idql_{name}", *OFFLINE)
+    for grid in (["candidates=1,2,4,8,16,32,64", "select=argmax"], ["candidates=8,32,64", "select=softmax", "temperature=0.03,0.1"]):
+        program("scripts/sweep.py", f"runs/{task}-idql_{name}-{seed}", *grid)
+    shutil.copy(f"runs/{task}-idql_{name}-{seed}/sweep.json", ROOT / "results" / "sweeps" / f"{task}-idql_{name}-{seed}.json")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=SEEDS, help="which pipelines")
-    parser.add_argument("--data", help="for hopper: a D4RL-layout HDF5 file")
+    parser.add_argument("--data", help="for hopper and idql: a folder of D4RL-layout HDF5 files")
+    parser.add_argument("--files", nargs="+", choices=LOGGED, default=LOGGED, help="for idql: these only")
     parser.add_argument("--seeds", type=int, nargs="+", help="these only")
     arguments = parser.parse_args()
     what, data = arguments.what, arguments.data
-    if what == "hopper" and not data:
-        parser.error("hopper wants --data <a D4RL-layout HDF5 file>")
+    if what in ("hopper", "idql") and not data:
+        parser.error(f"{what} wants --data <a folder of D4RL-layout HDF5 files>")
+    (ROOT / "results" / "sweeps").mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds or SEEDS[what]:
         if what == "hopper":
-            run("pretrain.py", "hopper", "bc", seed, f"data.path={data}")
+            run("pretrain.py", "hopper", "bc", seed, f"data.path={Path(data) / 'hopper-medium.hdf5'}")
             run("finetune.py", "hopper", "dppo", seed, "algo=dppo")
+        elif what == "idql":
+            for file in arguments.files:
+                logged(data, file, seed)
         elif what == "predict":
             for target in ("noise", "v"):
                 run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
-        elif what == "long":
-            run("pretrain.py", "avoid", "bc_long", seed, "train.steps=45000", "train.save_every=15000", "name=bc_long")
         elif what == "ways":
             run("finetune.py", "avoid", "dppo_ways", seed, "algo=dppo_ways")
             figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)

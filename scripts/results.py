@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dprl.files import read_json, replacing
-from dprl.report import markdown, measure
+from dprl.report import interval, markdown, measure
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -20,10 +20,13 @@ NAMES = {
     "bc_noise": "BC, noise prediction",
     "bc_v": "BC, v prediction",
     "bc": "BC, clean-chunk prediction",
-    "bc_long": "the same, three times as long",
     "dppo": "DPPO",
     "dppo_ways": "DPPO with the regulariser",
+    "idql": "IDQL, offline then online",
+    "sac": "Gaussian SAC",
+    "ppo": "Gaussian PPO",
 }
+DATA = {"medium_replay": "medium-replay", "medium": "medium"}  # endings that name the data a run learned from
 ORDER = list(NAMES)
 
 
@@ -35,7 +38,66 @@ def load() -> dict[tuple[str, str], list[dict[str, Any]]]:
         if path.stem != f"{result['task']}-{result['algo']}-{result['seed']}":
             raise SystemExit(f"{path} holds {result['task']}-{result['algo']}-{result['seed']}")
         groups[result["task"], result["algo"]].append(result)
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0], ORDER.index(item[0][1]))))
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], _order(item[0][1]))))
+
+
+def _order(algo: str) -> int:
+    return ORDER.index(algo) if algo in ORDER else len(ORDER)
+
+
+def offline_table(groups: dict) -> str:
+    """BC against IDQL on logged data, a row a run."""
+    rows = []
+    for (task, algo), results in groups.items():
+        data = DATA.get(algo.removeprefix("idql_"))
+        if data is None or algo == data:
+            continue
+        for result in results:
+            before, after, gain = result["bc"], result["tuned"], result["gain"]["return"]
+            rows.append(
+                [
+                    f"{task}-{data}",
+                    str(result["seed"]),
+                    measure(before),
+                    measure(after),
+                    interval(gain["mean"], gain["ci95"], digits=0),
+                    f"{after['return'] / before['return']:.2f}",
+                    str(after["n"]),
+                    f"{result['train_seconds'] / 60:.1f}",
+                ]
+            )
+    return markdown(rows, ["data", "seed", "BC", "IDQL", "gain, paired", "ratio", "episodes", "minutes"])
+
+
+def sweep_table() -> str:
+    """Return against the number of candidates and the way of selecting, a line a way, the mean over seeds."""
+    lines = []
+    for data, runs in _sweeps().items():
+        for select, temperature in (("argmax", None), ("softmax", 0.03), ("softmax", 0.1)):
+            cells = []
+            for n in CANDIDATES:
+                values = [
+                    row["return"]
+                    for rows in runs
+                    for row in rows
+                    if (row["settings"]["candidates"], row["settings"]["select"], row["settings"].get("temperature"))
+                    == (n, select, temperature)
+                ]
+                spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
+                cells.append(f"{sum(values) / len(values):.0f}{spread}" if values else "")
+            lines.append([data, select if temperature is None else f"softmax, {temperature}", *cells])
+    return markdown(lines, ["data", "selection", *(f"n = {n}" for n in CANDIDATES)])
+
+
+CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def _sweeps() -> dict[str, list[list[dict[str, Any]]]]:
+    out = defaultdict(list)
+    for path in sorted((ROOT / "results" / "sweeps").glob("*-idql_*.json")):
+        task, algo, _ = path.stem.rsplit("-", 2)
+        out[f"{task}-{DATA[algo.removeprefix('idql_')]}"].append(read_json(path)["rows"])
+    return dict(sorted(out.items()))
 
 
 def main_table(groups: dict, algos: Iterable[str]) -> str:
@@ -45,13 +107,13 @@ def main_table(groups: dict, algos: Iterable[str]) -> str:
         if algo not in algos:
             continue
         for result in results:
-            before, after = result["bc"], result.get("tuned")
+            before, after = result.get("bc"), result.get("tuned")
             rows.append(
                 [
                     task,
                     NAMES[algo],
                     str(result["seed"]),
-                    measure(before) if after else "",
+                    measure(before) if before and after else "",
                     measure(after or before),
                     str((after or before)["n"]),
                     f"{result['env_steps']:,}" if after else "",
@@ -66,7 +128,7 @@ def ways_table(groups: dict) -> str:
     rows = []
     for (_, algo), results in groups.items():
         for result in results:
-            if "tuned" in result and "modes" in result["tuned"]:
+            if algo.startswith("dppo") and "modes" in result["tuned"]:
                 before, after = result["bc"]["modes"], result["tuned"]["modes"]
                 rows.append(
                     [
@@ -109,6 +171,11 @@ def main() -> None:
     tables = {
         "README.md": {"results": main_table(groups, ("mse", "dppo"))},
         "docs/cloning.md": {"results": cloning_table(groups)},
+        "docs/idql.md": {
+            "results": offline_table(groups),
+            "candidates": sweep_table(),
+            "online": main_table(groups, ("idql", "sac", "ppo")),
+        },
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups)},
     }
     for name, parts in tables.items():

@@ -73,7 +73,7 @@ def logged(steps: int, episode: int) -> Episodes:
     return Episodes(obs, act, rew, ends, torch.ones(len(ends), dtype=torch.bool), obs[ends - 1], "noise")
 
 
-def learner() -> IDQL:
+def idql() -> Any:
     settings = dict(gamma=0.99, expectile=0.8, backup="expectile", backup_candidates=8, offline_steps=10**9, online_steps=0, online_start=0)
     settings |= dict(utd=1.0, chunks=1, batch=256, updates=100, critic_warmup=0, critic_lr=1e-3, critic_lr_final=1e-3, lr_warmup=0.0)
     settings |= dict(polyak=0.005, scale_rewards=True, max_grad_norm=10.0, clone_lr=0.0, clone_polyak=0.0, capacity=1, memmap=None)
@@ -108,7 +108,7 @@ def rows() -> list[Row]:
                 against=f"sampling 1 chunk for 40 observations ({name})",
             ),
         ]
-    return [*out, Row("IDQL critic update, batch 256", "updates/s", partial(learner().update, 100), count=100)]
+    return [*out, Row("IDQL critic update, batch 256", "updates/s", partial(idql().learner.update, 100), count=100)]
 
 
 def timed(row: Row, *, repeats: int, least: float) -> float:

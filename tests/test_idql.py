@@ -107,16 +107,16 @@ def test_best_of_n_takes_the_least_member_of_the_best_candidate():
     algo = idql(policy, episodes(5, 5, obs=torch.zeros(10, 1), last_obs=torch.zeros(2, 1)), backup="best_of_n", backup_candidates=3)
     obs = torch.randn(6, 1, 1)
     torch.manual_seed(3)
-    got = algo.next_value(TensorDict(next_obs=obs, batch_size=[6]))
+    got = algo.learner.next_value(TensorDict(next_obs=obs, batch_size=[6]))
     torch.manual_seed(3)
     act = policy.candidates(obs, 3)  # [6, 3, 4, 1]
     by_hand = []
     for s in range(6):
-        values = [[float(algo.critic.values(obs[s : s + 1], act[s : s + 1, j : j + 1])[e]) for e in range(2)] for j in range(3)]
+        values = [[float(algo.actor.critic.values(obs[s : s + 1], act[s : s + 1, j : j + 1])[e]) for e in range(2)] for j in range(3)]
         by_hand.append(max(min(pair) for pair in values))
     torch.testing.assert_close(got, torch.tensor(by_hand))
-    algo.backup = "expectile"
-    torch.testing.assert_close(algo.next_value(TensorDict(next_obs=obs, batch_size=[6])), algo.critic.state_value(obs))
+    algo.learner.backup = "expectile"
+    torch.testing.assert_close(algo.learner.next_value(TensorDict(next_obs=obs, batch_size=[6])), algo.actor.critic.state_value(obs))
 
 
 class Walk:
@@ -171,9 +171,9 @@ def test_learned_values_are_those_of_the_small_mdp(backup, act_steps):
         pass
     states = torch.arange(Walk.size, dtype=torch.float32)[:, None, None]
     act = torch.ones(Walk.size, 1, act_steps, 1)
-    q = algo.critic.score(states, act)[:, 0]
+    q = algo.actor.critic.score(states, act)[:, 0]
     torch.testing.assert_close(q.detach(), torch.tensor(Walk.best(0.9)), atol=0.08 if backup == "expectile" else 0.15, rtol=0)
-    assert (algo.critic.score(states, -act)[:, 0] < q).all()
+    assert (algo.actor.critic.score(states, -act)[:, 0] < q).all()
 
 
 def mixed(n: int) -> Episodes:
@@ -307,7 +307,7 @@ def test_offline_then_online_within_the_budget(changes):
     collector, values = run_online(algo)
     assert 0 < collector.env_steps <= 200
     assert len(algo.replay) == collector.env_steps // 4
-    assert algo.step == 20 + (collector.env_steps - 48) // 2
+    assert algo.learner.step == 20 + (collector.env_steps - 48) // 2
     assert "q_loss" in values[0] and "value" in values[-1]
     assert "q_loss" not in values[2]  # still filling
     assert algo.progress(collector) == 1
@@ -316,7 +316,7 @@ def test_offline_then_online_within_the_budget(changes):
 def test_offline_steps_no_environment():
     algo = idql(diffusion(act_steps=4), mixed(20))
     collector, values = run_online(algo)
-    assert collector.env_steps == 0 and len(values) == 2 and algo.step == 20
+    assert collector.env_steps == 0 and len(values) == 2 and algo.learner.step == 20
 
 
 def test_goes_on_exactly_after_a_checkpoint():
@@ -348,12 +348,10 @@ def test_cloning_goes_on_where_chunks_are_whole_and_stops_where_they_are_cut():
     losses = [values["clone_loss"] for values in algo.train(None)]  # type: ignore[arg-type]
     assert losses[-1] < 0.7 * losses[0]
     seen = {}
-    assert algo.cloned is not None
-    algo.cloned.loss = lambda obs, act, mask: (
-        seen.update(mask=mask) or algo.cloned.act_norm.scale.sum() * 0 + next(algo.cloned.parameters()).sum()
-    )
-    assert algo.data is not None
-    algo._clone(algo.data[torch.arange(4)])
+    cloner, data = algo.cloner, algo.learner.data
+    one = next(cloner.learning.parameters())
+    cloner.learning.loss = lambda obs, act, mask: seen.update(mask=mask) or one.sum()
+    cloner.update(data[torch.arange(4)])
     assert seen["mask"].sum(1).tolist() == [4, 3, 2, 1]
 
 

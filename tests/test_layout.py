@@ -78,8 +78,10 @@ def check_call(node, **later) -> None:
     if node is None:
         return
     made = instantiate(OmegaConf.to_container(node, resolve=True) | {"_partial_": True}, _convert_="all")
-    bound = inspect.signature(made.func).bind(*made.args, **made.keywords, **later)
-    assert set(made.keywords) <= set(bound.arguments) | set(bound.arguments.get("sizes", {}))
+    signature = inspect.signature(made.func)
+    bound = signature.bind(*made.args, **made.keywords, **later).arguments
+    passed_on = {key for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD for key in bound.get(p.name, {})}
+    assert set(made.keywords) <= set(bound) | passed_on
 
 
 LATER = {  # by group: what a program gives besides the yaml

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
-from dprl.diffusion import DiffusionPolicy, Step
+from dprl.diffusion import DiffusionPolicy, Guide, Step
 from dprl.envs.collect import Collect, Rollout
 from dprl.errors import found
 from dprl.log import Sums
@@ -24,6 +24,7 @@ from dprl.normalize import MinMax, Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
 from dprl.policy import device_of, frozen, repeated
 from dprl.returns import ReturnScale, chunk_rewards, discounts
+from dprl.schedule import Schedule
 
 
 class ChainActor(nn.Module):
@@ -75,25 +76,33 @@ class ChainActor(nn.Module):
         return self.tuned.act_norm
 
     @property
+    def schedule(self) -> Schedule:
+        return self.tuned.schedule
+
+    @property
     def tuned_steps(self) -> int:
         return len(self.tuned.schedule) - self.first
 
-    def start(self, obs: Obs, each: int = 1) -> Tensor:
+    def start(self, obs: Obs, each: int = 1, guide: Guide | None = None) -> Tensor:
         """The base's part of the chain, ``each`` times for an observation: x [N each, H, A] before the first tuned step."""
         x = self.base.prior(len(obs) * each)
         if self.first:
-            for step in self.base.denoise(x, repeated(self.base.encode(obs), each), range(self.first)):
+            for step in self.base.denoise(x, repeated(self.base.encode(obs), each), range(self.first), guide=guide):
                 x = step.x
         return x
 
-    def chain(self, obs: Obs, each: int = 1, **explore: Any) -> tuple[Tensor, list[Step]]:
+    def chain(self, obs: Obs, each: int = 1, guide: Guide | None = None, **explore: Any) -> tuple[Tensor, list[Step]]:
         """Whole chains: where their tuned part starts, and its steps."""
-        x, cond = self.start(obs, each), repeated(self.tuned.encode(obs), each)
-        return x, list(self.tuned.denoise(x, cond, range(self.first, len(self.tuned.schedule)), **explore))
+        x, cond = self.start(obs, each, guide), repeated(self.tuned.encode(obs), each)
+        return x, list(self.tuned.denoise(x, cond, range(self.first, len(self.tuned.schedule)), guide=guide, **explore))
 
-    def candidates(self, obs: Obs, n: int) -> Tensor:
+    def candidates(self, obs: Obs, n: int, guide: Guide | None = None) -> Tensor:
         """``n`` chunks for each observation, without exploration: [N, n, Ta, A]."""
-        return self.tuned.to_env(self.chain(obs, n)[1][-1].x).unflatten(0, (-1, n))
+        return self.tuned.to_env(self.chain(obs, n, guide)[1][-1].x).unflatten(0, (-1, n))
+
+    def to_env(self, x: Tensor) -> Tensor:
+        """A normalised chunk [N, H, A] as executed, in environment units: [N, Ta, A]."""
+        return self.tuned.to_env(x)
 
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
         explore: dict[str, Any] = dict(min_std=self.min_std, noise_limit=self.noise_limit) if self.training else {}

@@ -93,7 +93,7 @@ class RankedActor(nn.Module):
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
         select = self.explore if self.training else self.select
         act, value = self.pick(obs, self.policy.candidates(obs, self.n), select)
-        return act, {"value": value}
+        return act, {"value": value / self.critic.scale}
 
     def candidates(self, obs: Obs, n: int) -> Tensor:
         """``n`` ranked chunks for each observation, for yet another actor to choose among: [N, n, Ta, A]."""

@@ -19,7 +19,12 @@ class Algorithm(Protocol):
 
     def train(self, collect: Collect) -> Iterator[dict[str, float]]:
         """Improves ``actor``, one iteration a ``next``. Between two of them the driver may evaluate, save, and begin
-        new episodes; after ``load_state_dict`` it goes on from where the state was taken."""
+        new episodes; after ``load_state_dict`` it goes on from where the state was taken.
+
+        What an iteration tells is logged. ``validate`` among it is for the driver: True validates this actor now, False
+        says that it is not one to choose; without it the driver validates every so many iterations. Keys that begin
+        with ``choice/`` name what is being chosen; the driver tables and plots validation against them.
+        """
         ...
 
     def progress(self, collect: Collect) -> float:

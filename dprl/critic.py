@@ -21,6 +21,8 @@ from dprl.normalize import Obs
 from dprl.optim import polyak
 from dprl.policy import Actor, frozen
 
+EVERY = slice(None)
+
 
 class Critic(nn.Module):
     """``members`` Qs, their average and a V, in environment units; it scales both sides as ``policy`` does.
@@ -46,10 +48,20 @@ class Critic(nn.Module):
         """V(s): [N, To, O] -> [N]."""
         return self.v(self.obs_norm(obs))
 
+    def encode(self, obs: Obs, *, target: bool = True) -> list[Tensor]:
+        """What every member makes of an observation alone; ``rate`` takes it as often as there are chunks to value."""
+        obs = self.obs_norm(obs)
+        return [q.encode(obs) for q in (self.target if target else self.q)]  # type: ignore[operator]
+
+    def rate(self, conds: list[Tensor], act: Tensor, *, target: bool = True, members: slice = EVERY) -> Tensor:
+        """The Q of ``act`` [N, n, Ta, A] by each of ``members``, whose ``conds`` are given: [E, N, n]."""
+        act = self.act_norm(act)
+        nets = list(self.target if target else self.q)[members]
+        return torch.stack([q(cond, act) for q, cond in zip(nets, conds, strict=True)])
+
     def values(self, obs: Obs, act: Tensor, *, target: bool = True) -> Tensor:
         """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once."""
-        obs, act = self.obs_norm(obs), self.act_norm(act)
-        return torch.stack([q(q.encode(obs), act) for q in (self.target if target else self.q)])  # type: ignore[operator]
+        return self.rate(self.encode(obs, target=target), act, target=target)
 
     def score(self, obs: Obs, act: Tensor) -> Tensor:
         """The least of the target members' Qs of ``act`` [N, n, Ta, A]: [N, n]."""

@@ -16,7 +16,8 @@ from dprl.policy import ChunkPolicy, device_of, masked_mse, repeated
 from dprl.schedule import Predict, Schedule
 
 Cond = Tensor | TensorDictBase  # what a denoiser makes of an observation; leading dimension N
-Guide = Callable[[Tensor, int], Tensor]  # clean-chunk estimate [N, H, A] and reverse step -> a better estimate
+Estimate = Callable[[Tensor], Tensor]  # x [N, H, A] -> the clean chunk that the policy sees in it
+Guide = Callable[[Estimate, Tensor, int], Tensor]  # that, x and the reverse step -> a better clean chunk
 
 
 class Denoiser(Protocol):
@@ -89,11 +90,17 @@ class DiffusionPolicy(ChunkPolicy):
 
         The one function that sampling, scoring and guiding share.
         """
-        pred = self.denoiser(x, self.schedule.levels[i], cond)
-        x0 = self.schedule.denoised(x, pred, i).clamp(-self.clip, self.clip)
-        if guide is not None:
-            x0 = guide(x0, i)  # type: ignore[arg-type]
+        x0 = self.estimate(x, i, cond) if guide is None else self.guided(guide, x, i, cond)
         return self.schedule.reverse(x, x0, i)
+
+    def guided(self, guide: Guide, x: Tensor, i: Tensor | int, cond: Cond) -> Tensor:
+        """A guide's clean chunk, held within the clip as every estimate is."""
+        return guide(lambda at: self.estimate(at, i, cond), x, i).clamp(-self.clip, self.clip)  # type: ignore[arg-type]
+
+    def estimate(self, x: Tensor, i: Tensor | int, cond: Cond) -> Tensor:
+        """The clean chunk that the denoiser sees in ``x`` [N, H, A] before reverse step ``i``."""
+        pred = self.denoiser(x, self.schedule.levels[i], cond)
+        return self.schedule.denoised(x, pred, i).clamp(-self.clip, self.clip)
 
     def denoise(
         self,
@@ -138,5 +145,5 @@ class DiffusionPolicy(ChunkPolicy):
         """As an ``Actor``."""
         return self.sample(obs).act, {}
 
-    def candidates(self, obs: Obs, n: int) -> Tensor:
-        return self.sample(obs, each=n).act.unflatten(0, (-1, n))  # [N, n, Ta, A]
+    def candidates(self, obs: Obs, n: int, guide: Guide | None = None) -> Tensor:
+        return self.sample(obs, each=n, guide=guide).act.unflatten(0, (-1, n))  # [N, n, Ta, A]

@@ -31,6 +31,7 @@ class Evaluation:
     success: np.ndarray | None
     info: dict[str, np.ndarray] = field(default_factory=dict)
     traces: list[np.ndarray] = field(default_factory=list)  # [length, O] each
+    values: np.ndarray | None = None  # what the actor predicted for its first chunk, if it predicts: a discounted return
 
     def score(self) -> float:
         """What a best checkpoint is chosen by: success, ties by return; or return alone."""
@@ -38,10 +39,16 @@ class Evaluation:
         mean = float(self.returns.mean())
         return mean if self.success is None else float(self.success.mean()) + 1e-3 * mean / scale
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """For the log."""
-        out = {f"{prefix}/return": float(self.returns.mean()), f"{prefix}/length": float(self.lengths.mean())}
-        return out if self.success is None else out | {f"{prefix}/success": float(self.success.mean())}
+    def metrics(self, prefix: str, *, intervals: bool = False) -> dict[str, float]:
+        """For the log; with ``intervals``, the ends of the 95 % intervals of success and return too."""
+        s = self.summary()
+        keys = [key for key in ("return", "length", "success", "value") if s.get(key) is not None]
+        out = {f"{prefix}/{key}": float(s[key]) for key in keys}
+        if intervals:
+            for key in ("success", "return"):
+                if key in keys:
+                    out |= {f"{prefix}/{key}_{side}": end for side, end in zip(("low", "high"), s[f"{key}_ci95"], strict=True)}
+        return out
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -60,6 +67,7 @@ class Evaluation:
             "return_std": float(self.returns.std()),
             "length": float(self.lengths.mean()),
             "n": len(self.seeds),
+            **({} if self.values is None else {"value": float(self.values.mean())}),
         } | ({} if modes is None else {"modes": self.modes(modes)})
 
     def modes(self, key: str) -> dict[str, Any]:
@@ -102,16 +110,21 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
     episode = np.arange(n)  # [N] which episode each environment runs; past the last it rests
     returns, lengths, success = np.zeros(total), np.zeros(total, int), np.zeros(total, bool)
     info = {key: np.full(total, np.nan) for key in envs.info_keys}
+    values: np.ndarray | None = None
     pieces: list[list[np.ndarray]] = [[] for _ in range(total)]
     obs = envs.reset(seeds=[seeds[e] if e < total else 0 for e in episode])
     if n > total:
         envs.rest(episode >= total)
     following = n
     while (episode < total).any():
-        act, _ = actor(to_torch(obs, device))
+        act, extra = actor(to_torch(obs, device))
         step = envs.step(act.cpu().numpy())
         live = np.flatnonzero(episode < total)
         running = episode[live]
+        if "value" in extra:
+            values = np.zeros(total) if values is None else values
+            first = lengths[running] == 0
+            values[running[first]] = extra["value"].cpu().numpy()[live[first]]
         returns[running] += step.task_return[live]
         lengths[running] += step.length[live]
         success[running] |= step.success[live]
@@ -130,7 +143,7 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
         if again.any():
             obs = envs.reset(seeds=[seeds[e] if a else None for e, a in zip(episode, again, strict=True)], mask=again)
     traces = [np.concatenate(part) for part in pieces] if pieces[0] else []
-    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces)
+    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces, values)
 
 
 def wilson(successes: int, n: int) -> list[float]:

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from dprl.critic import Critic, q_loss, td_target, v_loss
-from dprl.data.chunks import ChunkData, Replay
+from dprl.data.chunks import ChunkData, Replay, RolloutReturns
 from dprl.errors import found
 from dprl.log import Sums
 from dprl.optim import adamw, set_lr, warmup_cosine
@@ -31,7 +31,7 @@ class Learner:
         self,
         critic: Critic,
         policy: Actor,
-        data: ChunkData,
+        data: ChunkData | None,  # None: learn_from will be told
         *,
         total: int,
         trained: bool,
@@ -54,16 +54,23 @@ class Learner:
             raise found("algo.backup is unknown", "expectile or best_of_n", backup, "algo.backup=expectile")
         if not 0 < expectile < 1:
             raise found("algo.expectile is out of range", "between 0 and 1", expectile, "algo.expectile=0.8")
-        self.critic, self.policy, self.data = critic, policy, data
-        if scale_rewards and not trained:
-            critic.scale.copy_(1 / data.to_go[data.begins].std(correction=0).clamp(min=1e-6))
+        self.critic, self.policy = critic, policy
+        self.step = 0
+        self.scales = scale_rewards and not trained
+        if data is not None:
+            self.learn_from(data)
         self.optimizer = adamw([*critic.q.parameters(), *critic.v.parameters()], lr=critic_lr, weight_decay=0.0)
         self.rate = dict(lr=critic_lr, final=critic_lr_final, warmup=lr_warmup)
         self.total, self.batch, self.expectile = total, batch, expectile
         self.backup, self.backup_candidates = backup, backup_candidates
         self.critic_warmup = 0 if trained else critic_warmup
         self.polyak, self.max_grad_norm = polyak, max_grad_norm
-        self.step = 0
+
+    def learn_from(self, data: ChunkData | RolloutReturns) -> None:
+        """Takes ``data`` to learn from; a critic that is new takes its scale of rewards from them."""
+        self.data = data
+        if self.scales and self.step == 0:
+            self.critic.scale.copy_(1 / data.to_go[data.begins].std(correction=0).clamp(min=1e-6))
 
     def update(self, steps: int, replay: Replay | None = None, also: Also | None = None) -> dict[str, float]:
         """``steps`` gradient steps of V, Q and the targets, then ``also``; returns the means of what they tell."""
@@ -81,9 +88,9 @@ class Learner:
             count = min(count, self.critic_warmup - self.step)
             return list(self.data.sample_returns(count * self.batch).split(self.batch))
         if not replay:
-            return list(self.data.sample(count * self.batch).split(self.batch))
+            return list(self.data.sample(count * self.batch).split(self.batch))  # type: ignore[union-attr]
         half = self.batch // 2
-        logged = self.data.sample(count * (self.batch - half)).split(self.batch - half)
+        logged = self.data.sample(count * (self.batch - half)).split(self.batch - half)  # type: ignore[union-attr]
         collected = replay.sample(count * half).split(half)
         return [torch.cat([a, b.select(*a.keys())]) for a, b in zip(logged, collected, strict=True)]  # type: ignore[arg-type]
 

@@ -106,10 +106,10 @@ def read(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(run: Path, prefix: str) -> list[dict[str, Any]]:
-    """What a run said under ``prefix/`` as it went: ``step``, ``env_steps`` where there are any, and those values."""
-    kept = [{k: v for k, v in line.items() if k in ("step", "env_steps") or k.startswith(prefix)} for line in read(run)]
-    return [point for point in kept if any(key.startswith(prefix) for key in point)]
+def curve(run: Path, *prefixes: str) -> list[dict[str, Any]]:
+    """What a run said under these ``prefix/`` as it went: ``step``, ``env_steps`` where there are any, and those values."""
+    kept = [{k: v for k, v in line.items() if k in ("step", "env_steps") or k.startswith(prefixes)} for line in read(run)]
+    return [point for point in kept if any(key.startswith(prefixes) for key in point)]
 
 
 class Metrics:

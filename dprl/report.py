@@ -149,6 +149,28 @@ def sweep(rows: Sequence[dict[str, Any]], key: str) -> Any:
     return figure
 
 
+def write_choices(folder: Path, curve: Sequence[dict[str, Any]]) -> None:
+    """``choices.png`` of a run that chose a setting on validation episodes: success and return against it, with
+    intervals, and what the actor had predicted beside what came. Nothing for a run that had no such choice."""
+    names = sorted({key for point in curve for key in point if key.startswith("choice/")})
+    points = [point for point in curve if names and names[0] in point]
+    if len(points) < 2:
+        return
+    points.sort(key=lambda point: point[names[0]])
+    x = [point[names[0]] for point in points]
+    shown = [key for key in ("success", "return", "value") if f"validation/{key}" in points[0]]
+    figure, axes = pyplot().subplots(1, len(shown), figsize=(4.5 * len(shown), 3.8), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], shown, strict=True):
+        axis.plot(x, [point[f"validation/{key}"] for point in points], marker=".", color=SOLVED)
+        if f"validation/{key}_low" in points[0]:
+            low, high = ([point[f"validation/{key}_{side}"] for point in points] for side in ("low", "high"))
+            axis.fill_between(x, low, high, color=SOLVED, alpha=0.15, lw=0)
+        axis.set(xlabel=names[0].removeprefix("choice/"), title="predicted value" if key == "value" else key)
+        axis.grid(alpha=0.3)
+    save(figure, folder / "choices.png")
+    print(f"choices: {folder / 'choices.png'}")
+
+
 def save(figure: Any, path: Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     with replacing(path) as temporary:

@@ -13,7 +13,7 @@ from dprl.errors import found
 from dprl.evaluate import Evaluation, difference, evaluate, final_seeds
 from dprl.files import write_json
 from dprl.log import Metrics, curve
-from dprl.report import write_comparison
+from dprl.report import write_choices, write_comparison
 
 
 def actor_node(cfg: DictConfig, policy: dict[str, Any]) -> dict[str, Any]:
@@ -35,14 +35,17 @@ class Tuner:
         self.begin()
         for values in self.algo.train(self.collector):
             self.iteration += 1
-            due = self.iteration % self.cfg.evaluation.every == 0
+            asked = values.pop("validate", None)
+            due = self.iteration % self.cfg.evaluation.every == 0 or bool(asked)
             values |= self.collector.metrics()
-            if due:
+            score = None
+            if due and asked is not False:
                 validation = self.validate()
-                values |= validation.metrics("validation")
+                values |= validation.metrics("validation", intervals=bool(asked))
+                score = validation.score()
             metrics.log(values, step=self.iteration, done=self.percent)
             if due:
-                self.save(validation.score(), metrics.seconds)
+                self.save(score, metrics.seconds)
         if self.iteration != self.saved:
             validation = self.validate()
             metrics.log(validation.metrics("validation") | {"env_steps": self.collector.env_steps}, step=self.iteration, done=self.percent)
@@ -60,7 +63,7 @@ class Tuner:
         self.evaluation_steps += int(result.lengths.sum())
         return result
 
-    def save(self, score: float, seconds: float) -> None:
+    def save(self, score: float | None, seconds: float) -> None:
         """A checkpoint; then new episodes everywhere, in a run that goes on and in one that is resumed here alike."""
         self.saved = self.iteration
         trainer = {
@@ -73,11 +76,12 @@ class Tuner:
             "rng": run.rng_state(),
         }
         path = checkpoint.at(self.folder, self.iteration)
-        checkpoint.save(path, self.algo.actor, node=self.node, task=self.cfg.task.name, trainer=trainer)
+        node = self.node | getattr(self.algo.actor, "settings", {})  # what it has chosen of its own config
+        checkpoint.save(path, self.algo.actor, node=node, task=self.cfg.task.name, trainer=trainer)
         checkpoint.keep(self.folder, self.iteration, self.rank(score))
         self.begin()
 
-    def rank(self, score: float) -> float | None:
+    def rank(self, score: float | None) -> float | None:
         """What a checkpoint is ranked by, or None where the last one is what counts."""
         return score if self.cfg.evaluation.choose == "best" else None
 
@@ -152,6 +156,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     result = comparison(cfg, tuner, before, after, modes=modes, best=int(best.path.name), seconds=seconds)
     write_json(folder / "result.json", result)
     write_comparison(folder, result, before, after, plot)
+    write_choices(folder, result["curve"])
     return folder
 
 
@@ -172,5 +177,5 @@ def comparison(
         "bc": before.summary(modes),
         "tuned": after.summary(modes),
         "gain": gain,
-        "curve": curve(tuner.folder, "validation/"),
+        "curve": curve(tuner.folder, "validation/", "choice/"),
     }

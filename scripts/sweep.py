@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig
 
 from dprl import checkpoint, report, setup
+from dprl.envs.vector import VecEnv
 from dprl.errors import UserError, found
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import read_json, write_json
@@ -54,14 +55,15 @@ def sweep(run: Path, grid: dict[str, list[Any]], *, episodes: int | None, valida
     path = checkpoint.resolve(run) if best else checkpoint.at(run, checkpoint.steps(run)[-1])
     out = run / "sweep.json"
     rows = read_json(out)["rows"] if out.is_file() else []
-    envs = None
+    envs: VecEnv | None = None
     for combination in itertools.product(*grid.values()):
         settings = dict(zip(grid, combination, strict=True))
         asked = {"settings": settings, "checkpoint": path.name, "first_seed": seeds[0], "episodes": count}
         if any(asked.items() <= row.items() for row in rows):
             continue
         actor = checkpoint.load(path, changes=settings).actor
-        envs = envs or setup.environments(cfg, actor, num_envs=min(cfg.evaluation.num_envs, count))
+        if envs is None or envs.act_steps != actor.act_steps:  # another length of chunks wants other environments
+            envs = setup.environments(cfg, actor, num_envs=min(cfg.evaluation.num_envs, count))
         evaluation = evaluate(actor, envs, seeds)
         rows.append(asked | evaluation.summary())
         write_json(out, {"task": cfg.task.name, "run": run.name, "rows": rows, "versions": versions()})

@@ -21,6 +21,10 @@ SMALL = ["policy.denoiser.width=32", "policy.schedule.steps=4", "evaluation.num_
 CLONE = [*SMALL, "train.steps=60", "train.save_every=20", "train.log_every=10", "train.batch=32", "evaluation.episodes=4"]
 TUNE = ["evaluation.num_envs=4", "evaluation.final_episodes=6", "evaluation.episodes=4", "evaluation.every=2", "num_envs=3", "threads=1"]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+GUIDED = [
+    *[*TUNE, "algo=guided", "algo.critic=monte_carlo", "algo.offline_steps=20", "algo.updates=5", "algo.batch=16"],
+    *["algo.rollout_steps=100", "algo.scales=[0,0.05,0.1]", "algo.actor.at=noised", "algo.energy_steps=10", "algo.energy_support=3"],
+]
 IDQL = [
     *[*TUNE, "algo=idql", "algo.offline_steps=20", "algo.updates=5", "algo.online_steps=200", "algo.chunks=2", "algo.utd=0.1"],
     *["algo.batch=16", "algo.actor.candidates=3", "algo.actor.critic.q.width=16", "algo.critic_warmup=5", "algo.clone_lr=1e-4"],
@@ -144,7 +148,7 @@ def test_pretraining_interrupted_and_resumed_is_bit_identical(in_process, interr
     assert result(part)["bc"] == result(whole)["bc"]
 
 
-@pytest.fixture(scope="module", params=[DPPO, IDQL], ids=["dppo", "idql"])
+@pytest.fixture(scope="module", params=[DPPO, IDQL, GUIDED], ids=["dppo", "idql", "guided"])
 def tuned_once(cloned_once, request):
     """A whole run of an algorithm, and the settings that made it."""
     run = cloned_once / "runs" / f"whole-{request.param_index}"
@@ -209,6 +213,30 @@ def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(comman
         done = command("finetune.py", *ranking, *reward, f"out=runs/{out}", status=2)
         assert ("another reward" if reward == ["reward=safe"] else "other sizes") in done.stderr
         assert not (cloned / f"runs/{out}").exists()
+
+
+def test_guidance_chooses_its_scale_and_composes(command, cloned):
+    small = [*TUNE, "algo.offline_steps=20", "algo.updates=10", "algo.batch=16", "algo.critic_warmup=5", "data.path=data/avoid-0.hdf5"]
+    command("finetune.py", *small, "algo=guided", "algo.scales=[0,0.1]", "out=runs/guided")
+    got = result(cloned / "runs/guided")
+    points = [point for point in got["curve"] if "choice/scale" in point]
+    assert [point["choice/scale"] for point in points] == [0.0, 0.1]
+    assert all({"validation/success_low", "validation/return_high", "validation/value"} <= point.keys() for point in points)
+    best = max(points, key=lambda point: point["validation/success"])
+    loaded = checkpoint.load(cloned / "runs/guided")
+    assert loaded.node["scale"] == loaded.actor.scale == best["choice/scale"]
+    assert (cloned / "runs/guided/choices.png").stat().st_size > 10_000
+    command("finetune.py", *small, "algo=guided_clear", "algo.scales=[0,0.05]", "out=runs/clear")
+    assert result(cloned / "runs/clear")["env_steps"] == 0
+    ranking = ["algo=idql", "algo.actor.candidates=2", "algo.offline_steps=0", "algo.critic_from=runs/guided"]
+    command("finetune.py", *[s for s in small if "offline" not in s], *ranking, "policy_from=runs/guided", "out=runs/both")
+    node = checkpoint.load(cloned / "runs/both").node
+    assert node["policy"]["_target_"] == "algos.guided.GuidedActor"
+    assert node["policy"]["scale"] == best["choice/scale"]
+    command("finetune.py", *DPPO, "out=runs/tuned")
+    taken = ["algo=guided", "algo.scales=[0.1]", "algo.critic_from=runs/guided"]
+    command("finetune.py", *small, *taken, "policy_from=runs/tuned", "out=runs/tuned_guided")
+    assert checkpoint.load(cloned / "runs/tuned_guided").node["policy"]["_target_"] == "algos.dppo.ChainActor"
 
 
 def test_inspect_data(command, cloned):
@@ -344,6 +372,9 @@ BAD = {
     "a critic from nowhere": (["finetune.py", "algo=idql", "algo.critic_from=runs/none"], ["runs/none"]),
     "no such Minari dataset": (["pretrain.py", "data=minari", "data.id=test/none-v0"], ["test/none-v0", "data.download=true"]),
     "no Minari name": (["pretrain.py", "data=minari"], ["data.id", "data.path"]),
+    "pushing downhill": (["finetune.py", "algo=guided", "algo.scales=[0,-0.1]"], ["algo.scales", "-0.1"]),
+    "pushing out of every range": (["finetune.py", "algo=guided", "algo.scales=[30]"], ["algo.scales", "30"]),
+    "a value that does not import": (["finetune.py", "algo=guided", "algo.actor.value={_target_:nowhere.f,_partial_:true}"], ["nowhere"]),
     "unknown way of choosing": (["finetune.py", "evaluation.choose=worst"], ["evaluation.choose", "worst"]),
     "sweep of nothing": (["scripts/sweep.py", "runs/none", "candidates=1"], ["runs/none"]),
     "sweep of an unknown setting": (["scripts/sweep.py", "runs/avoid-bc-0", "candidate=1"], ["candidate", "act_steps"]),

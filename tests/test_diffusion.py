@@ -64,7 +64,7 @@ def test_mixed_steps_in_one_call_equal_one_at_a_time():
 def test_a_guide_moves_the_clean_estimate():
     policy = diffusion()
     noise = torch.randn(3, 4, 1)
-    chain = policy.sample(torch.zeros(3, 1, 1), noise=noise, guide=lambda x0, i: torch.full_like(x0, 0.25), keep=True)
+    chain = policy.sample(torch.zeros(3, 1, 1), noise=noise, guide=lambda estimate, x, i: torch.full_like(estimate(x), 0.25), keep=True)
     torch.testing.assert_close(chain.x[:, -1], torch.full_like(noise, 0.25))
 
 

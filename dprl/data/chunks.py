@@ -118,6 +118,40 @@ def from_rollout(rollout: Rollout, gamma: float) -> TensorDict:
     return batch.flatten()
 
 
+class RolloutReturns:
+    """Whole returns of a policy's own chunks: Monte-Carlo evaluation. What the rollout cuts off counts as cut by time."""
+
+    def __init__(self, rows: TensorDict):
+        self.rows, self.to_go, self.begins = rows, rows["rew"], torch.arange(len(rows), device=rows["rew"].device)
+
+    @classmethod
+    def of(cls, rollout: Rollout, gamma: float) -> "RolloutReturns":
+        """From ``rollout``, a row a chunk."""
+        chunks = from_rollout(rollout, gamma).view(rollout.length.shape)  # [T, N]
+        ends = rollout.terminated | rollout.truncated
+        after: TensorDict | None = None
+        rows = []
+        for t in range(len(ends) - 1, -1, -1):
+            row = chunks[t].clone()
+            if after is not None:
+                goes_on = ~ends[t]
+                for key in ("next_obs", "terminated"):
+                    row[key] = torch.where(_like(goes_on, row[key]), after[key], row[key])
+                row["rew"] = row["rew"] + goes_on * row["discount"] * after["rew"]
+                row["discount"] = row["discount"] * torch.where(goes_on, after["discount"], 1.0)
+            rows.append(row)
+            after = row
+        return cls(torch.cat(rows))  # type: ignore[arg-type]
+
+    def sample_returns(self, n: int) -> TensorDict:
+        """``n`` rows drawn with replacement, as ``ChunkData.sample_returns``."""
+        return self.rows[torch.randint(len(self.rows), (n,), device=self.to_go.device)]
+
+
+def _like(mask: Tensor, value: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *[1] * (value.dim() - mask.dim()))
+
+
 class Replay:
     """The latest ``capacity`` collected chunks; in files when ``memmap`` names a folder for them."""
 

@@ -32,6 +32,11 @@ def clearance(xy: np.ndarray) -> np.ndarray:
     return gap.min(-1) - EFFECTOR
 
 
+def circles() -> list[list[float]]:
+    """The obstacles: x, y, radius of each."""
+    return OBSTACLES.tolist()
+
+
 class AvoidEnv(MujocoEnv):
     """Observation: commanded xy, actual xy. Action: change of the command in metres, a step of 35 ms.
 

@@ -3,6 +3,7 @@
 Letters: Ta steps of a chunk, To observed steps, O observation dim, A action dim, L steps that a chunk really ran.
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -151,10 +152,21 @@ class ChunkEnv(gym.Wrapper):
         return self._stack(list(self.history))
 
 
+def _say_once(message: str, said: set[str] = set()) -> None:  # noqa: B006  one memory for the process
+    """MuJoCo's warnings, each once: it repeats them for every environment that is made."""
+    if message not in said:
+        said.add(message)
+        print(f"mujoco: {message.splitlines()[0]}", file=sys.stderr)
+
+
 def make_one(*, id: str, kwargs: dict[str, Any], max_episode_steps: int | None, **chunk) -> ChunkEnv:
     """Makes the gymnasium environment ``id`` (``module:Id-v0`` too) and wraps it; arguments as ``ChunkEnv``'s."""
+    import mujoco
+
     import dprl.envs  # noqa: F401  registers dprl's tasks in a worker process too
 
+    if mujoco.get_mju_user_warning() is None:  # type: ignore[attr-defined]
+        mujoco.set_mju_user_warning(_say_once)  # type: ignore[attr-defined]
     try:
         env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dprl.networks.mlp import trunk
+from dprl.networks.mlp import sinusoid, trunk
 
 
 class StateValue(nn.Module):
@@ -67,3 +67,36 @@ class ChunkValue(nn.Module):
     def forward(self, cond: Tensor, act: Tensor) -> Tensor:
         """``act`` [N, n, Ta, A], n chunks for each ``cond`` [N, W]: [N, n]."""
         return self.rest(self.chunk(act.flatten(2)) + cond[:, None]).squeeze(-1)
+
+
+class NoisedValue(nn.Module):
+    """A value of a noisy chunk: a plain MLP on observation, chunk and noise level, [N, To, O], [N, n, Ta, A], k -> [N, n]."""
+
+    table: Tensor
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        layers: int,
+        activation: str,
+        layer_norm: bool,
+        time_size: int,
+        levels: int,
+        obs_shape: list[int],
+        obs_steps: int,
+        act_dim: int,
+        act_steps: int,
+    ):
+        super().__init__()
+        self.register_buffer("table", sinusoid(levels, time_size), persistent=False)
+        self.time = nn.Linear(time_size, width, bias=False)
+        sizes = dict(obs_shape=obs_shape, obs_steps=obs_steps, act_dim=act_dim, act_steps=act_steps)
+        self.rest = ChunkValue(width=width, layers=layers, activation=activation, layer_norm=layer_norm, **sizes)  # type: ignore[arg-type]
+
+    def encode(self, obs: Tensor) -> Tensor:
+        return self.rest.encode(obs)
+
+    def forward(self, cond: Tensor, act: Tensor, k: Tensor) -> Tensor:
+        """``cond`` [N, W] from ``encode``; ``k`` one level for all, or one a row [N]."""
+        return self.rest(cond + self.time(self.table[k]), act)

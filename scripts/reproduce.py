@@ -21,6 +21,7 @@ SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "ways": (0, 1, 2), "hopper": 
 LOGGED = {"medium_replay": "hopper", "medium": "hopper", "halfcheetah_medium": "halfcheetah"}  # data: the task
 # a policy for ranking: five reverse steps of a small network, so that many candidates cost little
 SMALL = ("width=256", "policy.schedule.sample_steps=5", "train.steps=16000", "train.save_every=8000")
+GUIDED = ("num_envs=1", "evaluation.num_envs=50", "evaluation.episodes=50", "evaluation.final_episodes=100")
 OFFLINE = ("num_envs=1", "evaluation.every=10", "evaluation.choose=last", "evaluation.num_envs=50", "evaluation.final_episodes=100")
 
 
@@ -51,6 +52,10 @@ def logged(folder: str, data: str, seed: int) -> None:
     run("pretrain.py", task, f"bc_{name}", seed, path, f"name=bc_{name}", *SMALL)
     base = f"policy_from=runs/{task}-bc_{name}-{seed}"
     run("finetune.py", task, f"idql_{name}", seed, "algo=idql", path, base, f"name=idql_{name}", *OFFLINE)
+    guided = ["algo=guided", path, f"name=guided_{name}", base, f"algo.critic_from=runs/{task}-idql_{name}-{seed}", *GUIDED]
+    run("finetune.py", task, f"guided_{name}", seed, *guided)
+    both = ["algo.actor.candidates=4", f"name=both_{name}"]
+    run("finetune.py", task, f"both_{name}", seed, *guided, *both)
     if seed and data != "medium_replay":  # a sweep takes longer than the training; its first seed shows the shape
         return
     for grid in (["candidates=1,2,4,8,16,32,64", "select=argmax"], ["candidates=8,32,64", "select=softmax", "temperature=0.03,0.1"]):

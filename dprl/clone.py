@@ -26,13 +26,20 @@ class Cloner:
 
     def __init__(self, policy: ChunkPolicy, episodes: Episodes, *, settings: DictConfig, seed: int, device: torch.device):
         self.s = settings
-        self.windows = Windows(episodes, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device)
+        self.policy, self.device = policy, device
+        self.windows = self.windows_of(episodes)
         policy.fit_normalizers(self.windows.obs, self.windows.act)
-        self.policy = policy
+        if self.windows.labels is not None:
+            policy.fit_labels(self.windows.labels)
         self.ema = ema(policy, settings.ema).eval()
         self.optimizer = adamw(policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.order = Order(len(self.windows), batch=settings.batch, seed=seed)
         self.step = 0
+
+    def windows_of(self, episodes: Episodes) -> Windows:
+        """Windows as the policy wants them, with its labels if it has any."""
+        sizes = dict(obs_steps=self.policy.obs_steps, horizon=self.policy.horizon)
+        return Windows(episodes, **sizes, labels=self.policy.labels(episodes), device=self.device)
 
     @property
     def averaged(self) -> nn.Module:
@@ -102,7 +109,7 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     check_sizes(envs, episodes)
     check_actions(envs, episodes)
     cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
-    held_windows = Windows(held, obs_steps=policy.obs_steps, horizon=policy.horizon, device=device) if held else None
+    held_windows = cloner.windows_of(held) if held else None
     logger = setup.logger(cfg)
 
     planned.begin()

@@ -5,12 +5,15 @@ S reverse steps. Chunks inside this module are normalised; ``to_env`` leaves it.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from dprl.conditioning import Returns
+from dprl.data.episodes import Episodes
 from dprl.normalize import Obs
 from dprl.policy import ChunkPolicy, device_of, masked_mse, repeated
 from dprl.schedule import Predict, Schedule
@@ -61,13 +64,15 @@ class DiffusionPolicy(ChunkPolicy):
         schedule: Callable[..., Schedule],
         predict: Predict,
         clip: float,
+        condition: Callable[..., Returns] | None,
         **sizes,
     ):
         super().__init__(**sizes)
         self.schedule = schedule(predict=predict)
         self.clip = clip
+        self.condition = None if condition is None else condition(obs_shape=self.obs_shape)
         self.denoiser = denoiser(
-            obs_shape=self.obs_shape,
+            obs_shape=self.obs_shape if self.condition is None else self.condition.obs_shape,
             obs_steps=self.obs_steps,
             act_dim=self.act_dim,
             horizon=self.horizon,
@@ -75,14 +80,23 @@ class DiffusionPolicy(ChunkPolicy):
         )
 
     def encode(self, obs: Obs) -> Cond:
-        """Environment observations -> the denoiser's condition."""
-        return self.denoiser.encode(self.obs_norm(obs))  # type: ignore[operator]
+        """Environment observations -> the denoiser's condition; of a conditioned policy, with and without what it asks for."""
+        obs = self.obs_norm(obs)
+        return self.denoiser.encode(obs) if self.condition is None else self.condition.encode(self.denoiser, obs)  # type: ignore[operator]
 
-    def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
+    def labels(self, episodes: Episodes) -> Tensor | None:
+        return None if self.condition is None else self.condition.labels(episodes)
+
+    def fit_labels(self, labels: Tensor) -> None:
+        if self.condition is not None:
+            self.condition.fit(labels)
+
+    def loss(self, obs: Obs, act: Tensor, mask: Tensor, label: Tensor | None = None) -> Tensor:
         x0 = self.act_norm(act)
         k = torch.randint(self.schedule.steps, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        pred = self.denoiser(self.schedule.add_noise(x0, eps, k), k, self.encode(obs))
+        seen = self.obs_norm(obs) if self.condition is None else self.condition.joined(self.obs_norm(obs), label)
+        pred = self.denoiser(self.schedule.add_noise(x0, eps, k), k, self.denoiser.encode(seen))  # type: ignore[operator]
         return masked_mse(pred, self.schedule.target(x0, eps, k), mask)
 
     def reverse(self, x: Tensor, i: Tensor | int, cond: Cond, guide: Guide | None = None) -> tuple[Tensor, Tensor]:
@@ -90,16 +104,17 @@ class DiffusionPolicy(ChunkPolicy):
 
         The one function that sampling, scoring and guiding share.
         """
-        x0 = self.estimate(x, i, cond) if guide is None else self.guided(guide, x, i, cond)
+        x0 = self.estimate(x, i, cond) if guide is None else self.pushed(guide, x, i, cond)
         return self.schedule.reverse(x, x0, i)
 
-    def guided(self, guide: Guide, x: Tensor, i: Tensor | int, cond: Cond) -> Tensor:
+    def pushed(self, guide: Guide, x: Tensor, i: Tensor | int, cond: Cond) -> Tensor:
         """A guide's clean chunk, held within the clip as every estimate is."""
         return guide(lambda at: self.estimate(at, i, cond), x, i).clamp(-self.clip, self.clip)  # type: ignore[arg-type]
 
     def estimate(self, x: Tensor, i: Tensor | int, cond: Cond) -> Tensor:
         """The clean chunk that the denoiser sees in ``x`` [N, H, A] before reverse step ``i``."""
-        pred = self.denoiser(x, self.schedule.levels[i], cond)
+        predict = self.denoiser if self.condition is None else partial(self.condition.predict, self.denoiser)
+        pred = predict(x, self.schedule.levels[i], cond)
         return self.schedule.denoised(x, pred, i).clamp(-self.clip, self.clip)
 
     def denoise(

@@ -64,6 +64,13 @@ class ChunkPolicy(nn.Module, ABC):
         self.obs_norm.fit(obs)  # type: ignore[operator]
         self.act_norm.fit(act)
 
+    def labels(self, episodes: Any) -> Tensor | None:
+        """A number for each step of ``episodes`` that the policy is conditioned on besides [M]; None: nothing."""
+        return None
+
+    def fit_labels(self, labels: Tensor) -> None:
+        """Takes the range of the labels [M] of the demonstrations."""
+
     def executed(self, x: Tensor) -> Tensor:
         """The slice that is acted on: it begins with the action of the last observed step. [..., H, A] -> [..., Ta, A]."""
         return x[..., self.obs_steps - 1 : self.obs_steps - 1 + self.act_steps, :]

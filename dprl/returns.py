@@ -19,6 +19,16 @@ def discounts(length: Tensor, gamma: float) -> Tensor:
     return gamma ** length.float()
 
 
+def returns_to_go(rew: Tensor, length: Tensor, gamma: float) -> Tensor:
+    """Discounted sum of the rewards from each step to its episode's end. ``rew`` [M]: ``length`` [E] of them an episode,
+    an episode after another."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rew.double().split(length.tolist())), batch_first=True)  # [E, L]
+    for step in range(padded.shape[1] - 2, -1, -1):
+        padded[:, step] += gamma * padded[:, step + 1]
+    inside = torch.arange(padded.shape[1], device=rew.device) < length[:, None]
+    return padded[inside].float()
+
+
 class ReturnScale:
     """Divides rewards by the standard deviation of the discounted return so far, over all environments."""
 

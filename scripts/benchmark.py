@@ -50,6 +50,7 @@ def policy(*, width: int, sample_steps: int | None) -> DiffusionPolicy:
         schedule=partial(Schedule, kind="cosine", steps=20, sample_steps=sample_steps, eta=1.0),
         predict="clean",
         clip=1.0,
+        condition=None,
         obs_shape=[OBS],
         act_dim=ACT,
         horizon=CHUNK,

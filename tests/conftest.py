@@ -52,6 +52,7 @@ def diffusion(
         schedule=partial(Schedule, **{key: settings[key] for key in ("kind", "steps", "sample_steps", "eta")}),
         predict=settings["predict"],
         clip=settings["clip"],
+        condition=changes.get("condition"),
         obs_shape=[obs_dim],
         act_dim=act_dim,
         horizon=horizon,

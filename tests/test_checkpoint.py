@@ -21,6 +21,7 @@ POLICY = {
     "act_steps": 4,
     "obs_limit": 5.0,
     "clip": 1.0,
+    "condition": None,
     "predict": "clean",
     "denoiser": {
         "_target_": "dprl.networks.mlp.MLPDenoiser",

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from test_data import episodes
 
 from dprl import rewards
-from dprl.data.chunks import ChunkData, Replay, from_rollout, returns_to_go
+from dprl.data.chunks import ChunkData, Replay, from_rollout
 from dprl.data.demonstrations import demonstrate
 from dprl.data.offline import relabel
 from dprl.envs.collect import Collector
 from dprl.errors import UserError
 from dprl.policy import ChunkPolicy
+from dprl.returns import returns_to_go
 
 
 def test_chunks_by_hand():
@@ -46,7 +47,7 @@ def test_following_chunks_to_the_end_gives_the_return(lengths, steps, gamma):
     logged = episodes(*lengths)
     data = ChunkData(logged, obs_steps=1, act_steps=steps, gamma=gamma)
     assert len(data) == sum(lengths)
-    to_go = returns_to_go(data.rew, logged.lengths, gamma)[data.begins]
+    to_go = returns_to_go(logged.rew, logged.lengths, gamma)
     chunks = data[torch.arange(len(data))]
     place = 0
     for episode, length in enumerate(lengths):

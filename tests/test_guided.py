@@ -96,6 +96,7 @@ def toy(means, std, *, steps=40, horizon=1, eta=1.0) -> DiffusionPolicy:
         schedule=remembered,
         predict="clean",
         clip=10.0,
+        condition=None,
         obs_shape=[1],
         act_dim=1,
         horizon=horizon,

@@ -131,6 +131,13 @@ def test_every_yaml_composes_and_instantiates(path):
                     check_call(cfg.algo.critic, obs_shape=[4], obs_steps=1)
 
 
+def test_a_policy_conditioned_on_returns_composes():
+    cfg = compose("pretrain", "policy/condition=return")
+    cfg.policy.obs_shape, cfg.policy.act_dim = [4], 2
+    assert setup.construct(cfg.policy, "policy").condition.target == cfg.policy.condition.target
+    assert compose("pretrain").policy.condition is None
+
+
 def _leaves(node, prefix="") -> list[str]:
     out = []
     for key, value in node.items():

@@ -13,7 +13,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import Rollout
 from dprl.errors import UserError
-from dprl.returns import chunk_rewards, discounts
+from dprl.returns import chunk_rewards, discounts, returns_to_go
 
 torchrl_logger.setLevel("WARNING")  # it announces every storage it makes
 
@@ -46,7 +46,7 @@ class ChunkData:
         self.first, self.final = (final - length).repeat_interleave(rows), final.repeat_interleave(rows)  # [R]
         self.terminated = episodes.terminated.to(device).repeat_interleave(rows)  # [R]
         self.begins = torch.ones(len(self.rew), dtype=torch.bool, device=device).index_fill(0, final, False).nonzero()[:, 0]
-        self.to_go = returns_to_go(self.rew, length, gamma)  # [R]
+        self.to_go = returns_to_go(self.rew, rows, gamma)  # [R]
         self.past, self.span = torch.arange(1 - obs_steps, 1, device=device), torch.arange(act_steps, device=device)
 
     def __len__(self) -> int:
@@ -90,16 +90,6 @@ class ChunkData:
 
     def _observed(self, t: Tensor) -> Tensor:
         return self.obs[torch.maximum(t[:, None] + self.past, self.first[t][:, None])]  # [N, To, O]
-
-
-def returns_to_go(rew: Tensor, length: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of the rewards from each row to its episode's end. ``rew`` [R]: ``length`` [E] rewards, then a zero,
-    an episode after another."""
-    padded = torch.nn.utils.rnn.pad_sequence(list(rew.double().split((length + 1).tolist())), batch_first=True)  # [E, L+1]
-    for step in range(padded.shape[1] - 2, -1, -1):
-        padded[:, step] += gamma * padded[:, step + 1]
-    inside = torch.arange(padded.shape[1], device=rew.device) <= length[:, None]
-    return padded[inside].float()
 
 
 def from_rollout(rollout: Rollout, gamma: float) -> TensorDict:

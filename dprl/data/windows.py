@@ -3,11 +3,12 @@
 Letters: M steps in all, N batch, To observed steps, H horizon, O observation dim, A action dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dprl.data.episodes import Episodes
-from dprl.normalize import Obs
 
 
 class Windows:
@@ -17,24 +18,28 @@ class Windows:
     has windows too.
     """
 
-    def __init__(self, episodes: Episodes, *, obs_steps: int, horizon: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, episodes: Episodes, *, obs_steps: int, horizon: int, labels: Tensor | None = None, device: torch.device | str = "cpu"
+    ):
         length = episodes.lengths
         self.obs, self.act = episodes.obs.to(device), episodes.act.to(device)
         self.first = episodes.starts.repeat_interleave(length).to(device)  # [M] the step its episode begins at
         self.last = (episodes.ends - 1).repeat_interleave(length).to(device)  # [M] and ends at
+        self.labels = None if labels is None else labels.to(device)  # [M]
         self.past = torch.arange(1 - obs_steps, 1, device=device)
         self.span = torch.arange(1 - obs_steps, 1 - obs_steps + horizon, device=device)
 
     def __len__(self) -> int:
         return len(self.act)
 
-    def __getitem__(self, t: Tensor) -> tuple[Obs, Tensor, Tensor]:
-        """Windows of the steps ``t`` [N]: obs [N, To, O], act [N, H, A], mask [N, H]."""
+    def __getitem__(self, t: Tensor) -> tuple[Any, ...]:
+        """Windows of the steps ``t`` [N]: obs [N, To, O], act [N, H, A], mask [N, H] and, if there are labels, theirs [N]."""
+        label = () if self.labels is None else (self.labels[t],)
         t, first, last = t[:, None], self.first[t][:, None], self.last[t][:, None]
         obs = self.obs[torch.maximum(t + self.past, first)]
         steps = t + self.span
         act = self.act[torch.clamp(steps, first, last)]
-        return obs, act, (steps >= first) & (steps <= last)
+        return obs, act, (steps >= first) & (steps <= last), *label
 
 
 class Order:

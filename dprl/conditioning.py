@@ -1,0 +1,77 @@
+"""Conditioning a policy on what followed in the data, and asking for much of it (Ajay et al., 2023, on actions).
+
+Letters: N batch, M steps, To observed steps, O observation dim, H horizon, A action dim.
+"""
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from dprl.data.episodes import Episodes
+from dprl.errors import found
+from dprl.returns import returns_to_go
+
+
+class Returns(nn.Module):
+    """The discounted return from a step on, in 0..1 over the data, joined to the observation; left out of ``dropout`` of
+    the training rows, so that one network is both the conditioned policy and the plain one.
+
+    Sampling asks for ``target`` and exaggerates it by ``weight`` (classifier-free guidance):
+    prediction = plain + weight (conditioned - plain). Every prediction target is linear in the noise, so this is the same
+    as combining noises.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, *, obs_shape, gamma: float, dropout: float, target: float, weight: float):
+        super().__init__()
+        if not isinstance(obs_shape, list) or len(obs_shape) != 1:
+            raise found("policy.condition wants a vector", "an observation [size]", obs_shape, "policy.condition=null")
+        if not 0 <= dropout < 1:
+            raise found("policy.condition.dropout is no fraction", "0 <= dropout < 1", dropout, "policy.condition.dropout=0.25")
+        if weight < 0 or (weight != 1 and dropout == 0):
+            fix = "policy.condition.weight=1, or a dropout to learn the plain policy by"
+            raise found("policy.condition.weight is out of range", "0 or more; 1 without dropout", weight, fix)
+        self.obs_shape = [obs_shape[0] + 2]
+        self.gamma, self.dropout, self.target, self.weight = gamma, dropout, target, weight
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.ones(()))
+
+    def labels(self, episodes: Episodes) -> Tensor:
+        """The return from each step on [M]."""
+        if episodes.rew is None:
+            raise found(f"{episodes.source} has no rewards", "rewards to condition on", "none", "policy.condition=null, or other data")
+        return returns_to_go(episodes.rew, episodes.lengths, self.gamma)
+
+    def fit(self, labels: Tensor) -> None:
+        """Takes their range."""
+        self.low.copy_(labels.min())
+        self.high.copy_(labels.max())
+
+    def joined(self, obs: Tensor, label: Tensor | None) -> Tensor:
+        """``obs`` [N, To, O] with ``label`` [N] and whether it is known, [N, To, O+2]; training leaves some out."""
+        if label is None:  # the plain policy
+            return nn.functional.pad(obs, (0, 2))
+        scaled = (label - self.low) / (self.high - self.low).clamp(min=1e-6)
+        known = torch.ones_like(scaled)
+        if self.training and self.dropout:
+            known = (torch.rand_like(scaled) >= self.dropout).to(scaled)
+        extra = torch.stack([scaled * known, known], -1)  # [N, 2]
+        return torch.cat([obs, extra[:, None].expand(-1, obs.shape[1], -1)], -1)
+
+    def encode(self, denoiser: nn.Module, obs: Tensor) -> TensorDict:
+        """What the denoiser makes of ``obs`` with the target asked for and, where it is needed, without."""
+        label = self.low + self.target * (self.high - self.low)
+        seen = {"asked": denoiser.encode(self.joined(obs, label.expand(len(obs))))}  # type: ignore[operator]
+        if self.weight != 1:
+            seen["plain"] = denoiser.encode(self.joined(obs, None))  # type: ignore[operator]
+        return TensorDict(seen, [len(obs)])
+
+    def predict(self, denoiser: nn.Module, x: Tensor, k: Tensor, cond: TensorDict) -> Tensor:
+        """The exaggerated prediction for ``x`` [N, H, A]: both halves in one call."""
+        if self.weight == 1:
+            return denoiser(x, k, cond["asked"])
+        both = torch.cat([cond["plain"], cond["asked"]])
+        plain, asked = denoiser(torch.cat([x, x]), torch.cat([k, k]) if k.dim() else k, both).chunk(2)
+        return plain + self.weight * (asked - plain)

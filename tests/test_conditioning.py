@@ -1,0 +1,123 @@
+"""Policies conditioned on returns."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import diffusion
+from omegaconf import DictConfig
+
+from algos.dppo import ChainActor
+from dprl.clone import Cloner
+from dprl.conditioning import Returns
+from dprl.data.episodes import Episodes
+from dprl.errors import UserError
+
+SETTINGS = dict(gamma=1.0, dropout=0.25, target=1.0, weight=1.0)
+
+
+def conditioned(**changes):
+    return diffusion(condition=partial(Returns, **(SETTINGS | changes)), width=64).eval()
+
+
+def with_weight(policy, weight):
+    policy.condition.weight = weight
+    return policy
+
+
+def drawn(policy, obs):
+    torch.manual_seed(5)
+    return policy(obs)[0]
+
+
+def test_weight_1_is_conditional_sampling_and_0_the_plain_policy():
+    policy, obs = conditioned(), torch.randn(6, 1, 1)
+    once = drawn(policy, obs)
+    near = drawn(with_weight(policy, 1 + 1e-9), obs)  # both halves in one call
+    torch.testing.assert_close(near, once, atol=1e-5, rtol=0)
+    plain = drawn(with_weight(policy, 0.0), obs)
+    policy.condition.encode = lambda denoiser, seen: {"asked": denoiser.encode(policy.condition.joined(seen, None))}
+    with_weight(policy, 1.0)
+    torch.testing.assert_close(drawn(policy, obs), plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("predict", ["noise", "clean", "v"])
+def test_exaggerating_a_prediction_exaggerates_the_noise(predict):
+    """eps = eps_plain + w (eps_asked - eps_plain), whatever the network says."""
+    policy = diffusion(condition=partial(Returns, **SETTINGS | dict(weight=2.5)), predict=predict, clip=1e9).eval()
+    s, x, obs, i = policy.schedule, torch.randn(3, 4, 1), torch.randn(3, 1, 1), 2
+    cond, a, b = policy.encode(obs), s.signal[s.levels[i]], s.noise[s.levels[i]]
+
+    def noise(weight):
+        return (x - a * with_weight(policy, weight).estimate(x, i, cond)) / b
+
+    plain, asked, both = noise(0.0), noise(1.0 + 1e-9), noise(2.5)
+    torch.testing.assert_close(both, plain + 2.5 * (asked - plain), atol=2e-3, rtol=1e-3)
+
+
+def logged(n: int = 300) -> Episodes:
+    """One chunk an episode: up or down, and up pays."""
+    g = torch.Generator().manual_seed(0)
+    up = torch.randint(0, 2, (n,), generator=g).float()
+    act = (2 * up - 1)[:, None].expand(n, 4) * 0.7 + 0.05 * torch.randn(n, 4, generator=g)
+    rew = torch.zeros(n, 4)
+    rew[:, 3] = up
+    ends = 4 * torch.arange(1, n + 1)
+    return Episodes(torch.zeros(4 * n, 1), act.reshape(-1, 1), rew.flatten(), ends, torch.ones(n, dtype=torch.bool), None, "two")
+
+
+@pytest.mark.slow
+def test_asks_for_what_pays():
+    policy = diffusion(condition=partial(Returns, **SETTINGS), width=64)
+    settings = dict(steps=600, batch=128, lr=2e-3, lr_final=1e-4, warmup=0.02, weight_decay=0.0, max_grad_norm=1.0, ema=0.99)
+    cloner = Cloner(policy, logged(), settings=DictConfig(settings), seed=0, device=torch.device("cpu"))
+    cloner.train(600)
+    cloned, obs = cloner.averaged.eval(), torch.zeros(200, 1, 1)
+
+    def ups(target, weight):
+        cloned.condition.target = target
+        return float((drawn(with_weight(cloned, weight), obs).mean((1, 2)) > 0).float().mean())
+
+    assert ups(1.0, 1.0) > 0.95
+    assert ups(0.0, 1.0) < 0.05
+    assert 0.3 < ups(1.0, 0.0) < 0.7
+    assert ups(1.0, 2.0) > 0.95
+
+
+def test_dropout_leaves_out_its_share_in_training_only():
+    returns = Returns(obs_shape=[1], **SETTINGS)
+    joined = returns.joined(torch.zeros(4000, 2, 1), torch.ones(4000))
+    assert joined.shape == (4000, 2, 3)
+    assert abs(float(joined[:, 0, 2].mean()) - 0.75) < 0.03
+    assert torch.equal(joined[:, 0, 1], joined[:, 0, 2])  # an absent return is 0, and said to be absent
+    assert float(returns.eval().joined(torch.zeros(10, 1, 1), torch.ones(10))[..., 2].min()) == 1
+
+
+def test_composes_with_what_tunes_and_ranks():
+    policy = conditioned(weight=2.0)
+    assert policy.candidates(torch.randn(3, 1, 1), 4).shape == (3, 4, 4, 1)
+    actor = ChainActor(policy=policy, tuned_steps=3, min_std=0.1, noise_limit=3.0).train()
+    obs = torch.randn(5, 1, 1)
+    _, extra = actor(obs)
+    torch.testing.assert_close(actor.score(obs, extra["chain"]), extra["logp"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(dropout=1.0), "dropout is no fraction"),
+        (dict(weight=-1.0), "weight is out of range"),
+        (dict(dropout=0.0, weight=2.0), "weight"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        conditioned(**changes)
+
+
+def test_data_without_rewards_are_refused():
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match="two has no rewards"):
+        conditioned().labels(replace(logged(3), rew=None))

@@ -211,6 +211,7 @@ class DPPO:
         scale_rewards: bool,
         normalize_advantages: bool,
         bc_weight: float,
+        bc_discount: float,
     ):
         for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
             if value < 1:
@@ -235,6 +236,7 @@ class DPPO:
         }
         self.min_std = (self.actor.min_std, min_std_final)
         self.critic_warmup, self.bc_weight = critic_warmup, bc_weight
+        self.bc_share = bc_discount ** torch.arange(steps, device=device)  # [C], 1 at the noisiest tuned step
         self.normalize_advantages = normalize_advantages
         self.scale = ReturnScale(gamma) if scale_rewards else None
         self.iteration = 0
@@ -336,14 +338,16 @@ class DPPO:
         return metrics | parts
 
     def bc_loss(self, obs: Obs) -> Tensor:
-        """E over chains of the base of KL(base step || tuned step), per executed number: keeps what BC could do.
+        """E over chains of the base of KL(base step || tuned step), per executed number: keeps what BC could do. Which way
+        to go is settled while the chunk is noisy, so ``bc_discount`` lets the pull fade towards the last steps.
 
         Up to a constant it is -log p_tuned of those chains, the published regulariser, with the noise of one of its two
         sources taken out.
         """
         chain, base = self.actor.base_chain(obs)
         _, tuned, std = self.actor.gaussians(obs, chain)
-        return (0.5 * self.actor.tuned.executed((tuned - base) / std).square()).mean()
+        kl = 0.5 * self.actor.tuned.executed((tuned - base) / std).square().mean((-2, -1))  # [N*C]
+        return (kl.view(-1, len(self.bc_share)) * self.bc_share).mean()
 
     def _descend(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)

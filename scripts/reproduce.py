@@ -3,6 +3,7 @@
     python scripts/reproduce.py avoid                        # about 10 minutes on two cores
     python scripts/reproduce.py predict                      # after avoid: the other prediction targets
     python scripts/reproduce.py ways                         # after avoid: tuned with the regulariser
+    python scripts/reproduce.py online                       # after avoid: IDQL offline and online, and Gaussian baselines
     python scripts/reproduce.py hopper --data <folder>       # about 30 minutes
     python scripts/reproduce.py idql --data <folder>         # about 60 minutes
 
@@ -17,11 +18,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "ways": (0, 1, 2), "hopper": (0, 1), "idql": (0, 1, 2)}
+SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "ways": (0, 1, 2), "online": (0, 1, 2), "hopper": (0, 1), "idql": (0, 1, 2)}
 LOGGED = {"medium_replay": "hopper", "medium": "hopper", "halfcheetah_medium": "halfcheetah"}  # data: the task
 # a policy for ranking: five reverse steps of a small network, so that many candidates cost little
 SMALL = ("width=256", "policy.schedule.sample_steps=5", "train.steps=16000", "train.save_every=8000")
 GUIDED = ("num_envs=1", "evaluation.num_envs=50", "evaluation.episodes=50", "evaluation.final_episodes=100")
+ONLINE = ("num_envs=16", "algo.offline_steps=2000", "algo.online_steps=20000", "evaluation.every=6")
 OFFLINE = ("num_envs=1", "evaluation.every=10", "evaluation.choose=last", "evaluation.num_envs=50", "evaluation.final_episodes=100")
 
 
@@ -56,7 +58,7 @@ def logged(folder: str, data: str, seed: int) -> None:
     run("finetune.py", task, f"guided_{name}", seed, *guided)
     both = ["algo.actor.candidates=4", f"name=both_{name}"]
     run("finetune.py", task, f"both_{name}", seed, *guided, *both)
-    if seed and data != "medium_replay":  # a sweep takes longer than the training; its first seed shows the shape
+    if task == "halfcheetah" or (seed and data != "medium_replay"):  # a sweep of long episodes takes longer than training
         return
     for grid in (["candidates=1,2,4,8,16,32,64", "select=argmax"], ["candidates=8,32,64", "select=softmax", "temperature=0.03,0.1"]):
         program("scripts/sweep.py", f"runs/{task}-idql_{name}-{seed}", *grid)
@@ -84,6 +86,13 @@ def main() -> None:
         elif what == "predict":
             for target in ("noise", "v"):
                 run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
+        elif what == "online":
+            run("finetune.py", "avoid", "idql", seed, "algo=idql", *ONLINE)
+            for baseline, steps in (("sac", 100_000), ("ppo", 400_000)):
+                out = f"runs/avoid-{baseline}-{seed}"
+                if not Path(out, "result.json").is_file():
+                    program("scripts/baseline_sb3.py", f"baseline={baseline}", f"env_steps={steps}", f"seed={seed}", f"out={out}")
+                shutil.copy(f"{out}/result.json", ROOT / "results" / f"avoid-{baseline}-{seed}.json")
         elif what == "ways":
             run("finetune.py", "avoid", "dppo_ways", seed, "algo=dppo_ways")
             figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)

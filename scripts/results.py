@@ -45,12 +45,44 @@ def _order(algo: str) -> int:
     return ORDER.index(algo) if algo in ORDER else len(ORDER)
 
 
+def _data_of(algo: str, method: str) -> str | None:
+    """The data that a run of ``method`` on logged data learned from, by its name: ``idql_medium`` -> ``medium``."""
+    head, _, data = algo.partition("_")
+    return DATA.get(data) if head == method else None
+
+
+def guided_table(groups: dict) -> str:
+    """BC, ranked, guided and both on the same episodes, a row a seed."""
+    found = {
+        (f"{task}-{data}" if data else task, result["seed"], method): result
+        for (task, algo), results in groups.items()
+        for method in ("idql", "guided", "both")
+        for data in [_data_of(algo, method) if "_" in algo else ""]
+        if data is not None and algo.partition("_")[0] == method
+        for result in results
+    }
+    rows = []
+    for name, seed in sorted({(name, seed) for name, seed, method in found if method == "guided"}):
+        guided = found[name, seed, "guided"]
+        ranked, both = (found.get((name, seed, method)) for method in ("idql", "both"))
+        cells = [f"{measure(r['tuned'])} ({_chosen(r)})" if r else "" for r in (guided, both)]
+        ratios = [f"{r['tuned']['return'] / r['bc']['return']:.2f}" if r else "" for r in (ranked, guided, both)]
+        rows.append([name, str(seed), measure(guided["bc"]), measure(ranked["tuned"]) if ranked else "", *cells, ", ".join(ratios)])
+    return markdown(rows, ["data", "seed", "BC", "ranked", "guided (scale)", "guided and ranked (scale)", "ratios to BC"])
+
+
+def _chosen(result: dict[str, Any]) -> str:
+    """The scale that validation chose."""
+    best = result["best_iteration"]
+    return next(f"{point['choice/scale']:g}" for point in result["curve"] if point["step"] == best)
+
+
 def offline_table(groups: dict) -> str:
     """BC against IDQL on logged data, a row a run."""
     rows = []
     for (task, algo), results in groups.items():
-        data = DATA.get(algo.removeprefix("idql_"))
-        if data is None or algo == data:
+        data = _data_of(algo, "idql")
+        if data is None:
             continue
         for result in results:
             before, after, gain = result["bc"], result["tuned"], result["gain"]["return"]
@@ -176,6 +208,7 @@ def main() -> None:
             "candidates": sweep_table(),
             "online": main_table(groups, ("idql", "sac", "ppo")),
         },
+        "docs/guided.md": {"results": guided_table(groups)},
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups)},
     }
     for name, parts in tables.items():

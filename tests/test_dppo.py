@@ -44,6 +44,7 @@ SETTINGS = dict(
     scale_rewards=False,
     normalize_advantages=True,
     bc_weight=0.0,
+    bc_discount=1.0,
 )
 
 
@@ -68,6 +69,38 @@ def test_the_first_ratio_is_one():
     rollout = collector(16)(algo.actor, 3).flatten()
     logp = algo.actor.score(rollout.obs, rollout.extra["chain"])
     torch.testing.assert_close((logp - rollout.extra["logp"]).exp(), torch.ones(48, 4), atol=1e-5, rtol=0)
+
+
+def test_the_first_ratio_is_exactly_one_but_for_rounding():
+    """The rollout and the update multiply matrices of other heights, which round differently: in double precision the
+    ratio is 1 to 1e-12."""
+    algo = dppo()
+    actor = algo.actor.double().train()
+    with torch.no_grad():
+        obs = torch.randn(16, 1, 1, dtype=torch.float64)
+        x = torch.randn(16, 4, 1, dtype=torch.float64)
+        actor.start = lambda obs, each=1, guide=None: x  # type: ignore[method-assign]
+        _, extra = actor(obs)
+    assert extra["chain"].dtype == torch.float64
+    ratio = (actor.score(obs[:5], extra["chain"][:5]) - extra["logp"][:5]).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-12, rtol=0)
+
+
+def test_the_pull_towards_the_base_fades_by_its_discount():
+    whole, faded = dppo(bc_weight=1.0), dppo(bc_weight=1.0, bc_discount=0.5)
+    with torch.no_grad():
+        for algo in (whole, faded):
+            algo.actor.tuned.denoiser.out.bias.add_(0.5)
+    obs = torch.rand(4, 1, 1)
+    torch.manual_seed(1)
+    chain, base = whole.actor.base_chain(obs)
+    _, mean, std = whole.actor.gaussians(obs, chain)
+    kl = 0.5 * (((mean - base) / std) ** 2).mean((1, 2)).view(4, 4)
+    torch.manual_seed(1)
+    torch.testing.assert_close(whole.bc_loss(obs), kl.mean())
+    faded.actor.load_state_dict(whole.actor.state_dict())
+    torch.manual_seed(1)
+    torch.testing.assert_close(faded.bc_loss(obs), (kl * torch.tensor([1.0, 0.5, 0.25, 0.125])).mean())
 
 
 def test_log_prob_is_the_gaussians_by_hand_over_the_executed_steps():

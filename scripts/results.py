@@ -168,7 +168,7 @@ def ways_table(groups: dict) -> str:
                         str(result["seed"]),
                         measure(result["tuned"]),
                         f"{before['count']} -> {after['count']}",
-                        f"{before['entropy']:.2f} -> {after['entropy']:.2f}",
+                        f"{before['entropy']:.2f} -> {abs(after['entropy']):.2f}",
                         f"{result['env_steps']:,}",
                     ]
                 )

@@ -57,6 +57,8 @@ class GuidedActor(nn.Module):
                 "guided moves a diffusion policy", "policy_from= such a run", type(policy).__name__, "policy_from=runs/<task>-bc-<seed>"
             )
         check_scale("algo.actor.scale", scale)
+        if limit <= 0:
+            raise found("algo.actor.limit lets nothing move", "more than 0, in ranges of the actions", limit, "algo.actor.limit=0.25")
         for name, got, known in (("jacobian", jacobian, ("identity", "full")), ("at", at, ("clean", "noised"))):
             if got not in known:
                 raise found(f"algo.actor.{name} is unknown", " or ".join(known), got, f"algo.actor.{name}={known[0]}")
@@ -119,19 +121,13 @@ class GuidedActor(nn.Module):
         def push(estimate: Estimate, x: Tensor, i: int) -> Tensor:
             if not self.start <= i < (len(self.policy.schedule) if self.stop is None else self.stop):
                 return estimate(x)
+            full = self.energy is None and self.jacobian == "full"
+            x0 = x if full else estimate(x)  # no gradient passes through the denoiser unless it is asked for
+            at = (x if self.energy is not None else x0).detach().requires_grad_()
             with torch.enable_grad():
-                if self.energy is not None:
-                    x0 = estimate(x).detach()
-                    at = x.detach().requires_grad_()
-                    height = rise(at, i)
-                elif self.jacobian == "full":
-                    at = x.detach().requires_grad_()
+                if full:
                     x0 = estimate(at)
-                    height = rise(x0, i)
-                else:
-                    x0 = at = estimate(x).detach().requires_grad_()
-                    height = rise(at, i)
-                slope = self.slope(height, at)
+                slope = self.slope(rise(x0 if full else at, i), at)
             unit = slope / torch.linalg.vector_norm(slope, dim=(1, 2), keepdim=True).clamp(min=1e-12)
             return x0.detach() + (2 * self.scale * unit).clamp(-2 * self.limit, 2 * self.limit)  # the range is 2 wide
 
@@ -162,9 +158,30 @@ class GuidedActor(nn.Module):
 
         return least
 
+    @property
+    def climbed(self) -> str:
+        """The name of what is climbed."""
+        return getattr(getattr(self.value, "func", self.value), "__name__", None) or type(self.critic or self.value).__name__
+
+    def try_out(self, obs: Obs) -> None:
+        """One push from noise, so that a function that cannot guide is told, by its name, before a run begins."""
+        scale, self.scale = self.scale, LARGEST
+        try:
+            self.policy.candidates(obs, 1, guide=self.guide(obs, 1))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's function raises
+            raise UserError(f"the value {self.climbed} failed: {type(error).__name__}: {error}") from error
+        finally:
+            self.scale = scale
+
     def slope(self, height: Tensor, at: Tensor) -> Tensor:
         """The gradient of ``height`` [N] by ``at`` [N, H, A]."""
-        name = getattr(getattr(self.value, "func", self.value), "__name__", None) or type(self.critic or self.value).__name__
+        name = self.climbed
+        if not isinstance(height, Tensor):
+            raise found(
+                f"the value {name} returns no tensor", "one number a chunk, in torch", type(height).__name__, "no numpy, no .item()"
+            )
         if height.shape != at.shape[:1]:
             raise found(f"the value {name} returns the wrong shape", f"[{len(at)}]: one number a chunk", list(height.shape), "reduce it")
         if not height.requires_grad:
@@ -174,8 +191,8 @@ class GuidedActor(nn.Module):
         (slope,) = torch.autograd.grad(height.sum(), at, allow_unused=True)
         if slope is None:
             raise found(f"the value {name} does not depend on the chunk", "a slope", "none", "use its argument act")
-        if not bool(torch.isfinite(slope).all()):
-            raise UserError(f"the slope of the value {name} is not finite\n  fix:      guard its square roots, divisions and logarithms")
+        if not bool(torch.isfinite(slope).all() & torch.isfinite(height).all()):
+            raise UserError(f"the value {name} or its slope is not finite\n  fix:      guard its square roots, divisions and logarithms")
         return slope
 
 
@@ -238,15 +255,26 @@ class Guided:
         if net is not None and trained is not None:
             adopt(net, trained, str(critic_from))
         elif net is not None:
+            if offline_steps < 1:
+                fix = "algo.offline_steps=10000, or algo.critic_from=runs/<run>"
+                raise found("nothing to climb", "a critic, or gradient steps to learn one", f"algo.offline_steps={offline_steps}", fix)
             self.rollouts = critic == "monte_carlo"
             steps = dict(obs_steps=policy.obs_steps, act_steps=policy.act_steps)
             data = None if self.rollouts else ChunkData(episodes(), **steps, gamma=gamma, device=device_of(policy))
             self.learner = Learner(net, policy, data, total=offline_steps, trained=False, **learning)
         self.energy: Energy | None = None
+        if trained is not None and net is None:
+            raise found("a function guides by itself", "algo.critic_from=null", critic_from, "algo.actor.value=null, or no critic_from")
         if self.actor.energy is not None:
+            if energy_steps < 1:
+                raise found("algo.energy_steps is too small", "at least 1, for actor.at=noised", energy_steps, "algo.energy_steps=2000")
             data = ChunkData(episodes(), obs_steps=policy.obs_steps, act_steps=policy.act_steps, gamma=gamma, device=device_of(policy))
             self.energy = Energy(self.actor, data, steps=energy_steps, support=energy_support, beta=energy_beta, batch=learning["batch"])
         self.tried = 0  # scales
+        if self.actor.value is not None and isinstance(policy.obs_shape, list):
+            with torch.random.fork_rng(devices=[]):
+                obs = torch.randn(3, policy.obs_steps, *policy.obs_shape, device=device_of(policy))
+                self.actor.try_out(obs)
 
     def progress(self, collect: Collect) -> float:
         return 1.0 if self.tried == len(self.scales) else min(0.99, self._done() / self._total())
@@ -284,7 +312,7 @@ class Guided:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tried = state["tried"]
         if state["rows"] is not None:
-            self.rows = RolloutReturns(TensorDict(state["rows"], [len(state["rows"]["rew"])]))
+            self.rows = RolloutReturns(TensorDict(state["rows"], [len(state["rows"]["rew"])]).to(device_of(self.actor)))
         if self.learner is not None:
             self.learner.load_state_dict(state["learner"])
         if self.energy is not None:

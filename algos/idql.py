@@ -130,6 +130,13 @@ class IDQL:
         for name, smallest in least.items():
             if given[name] < smallest:
                 raise found(f"algo.{name} is too small", f"at least {smallest}", given[name], f"algo.{name}={max(1, smallest)}")
+        if online_steps and online_start >= online_steps:
+            raise found(
+                "algo.online_start leaves no step to learn from",
+                f"less than algo.online_steps={online_steps}",
+                online_start,
+                "a smaller one",
+            )
         self.actor = actor(policy=policy)
         self.device = device_of(self.actor)
         critic = self.actor.critic.to(self.device)
@@ -145,8 +152,13 @@ class IDQL:
             raise found("nothing to rank by", "algo.offline_steps, or a critic", "neither", "algo.critic_from=runs/<run>")
         self.cloner: Cloner | None = None
         if clone_lr > 0:
-            if not isinstance(policy, ChunkPolicy):
-                raise found("algo.clone_lr clones the policy", "a policy of pretrain.py", type(policy).__name__, "algo.clone_lr=0")
+            if not isinstance(policy, ChunkPolicy) or getattr(policy, "condition", None) is not None:
+                raise found(
+                    "algo.clone_lr clones the policy", "one of pretrain.py, not conditioned", type(policy).__name__, "algo.clone_lr=0"
+                )
+            if policy.horizon != policy.act_steps:
+                sizes = f"policy.horizon={policy.horizon}, policy.act_steps={policy.act_steps}"
+                raise found("algo.clone_lr clones executed chunks", "a policy that executes all it predicts", sizes, "algo.clone_lr=0")
             self.cloner = Cloner(policy, lr=clone_lr, rate=clone_polyak, max_grad_norm=max_grad_norm)
         self.replay = Replay(capacity, memmap=memmap, device=self.device)
         self.gamma = gamma
@@ -158,6 +170,10 @@ class IDQL:
     def progress(self, collect: Collect) -> float:
         if self.learner is None:
             return float(self.iteration > 0)
+        if self.online_steps and not collect.env_steps and self._spent(collect):
+            least = collect.num_envs * self.chunks * collect.act_steps
+            fix = "a larger algo.online_steps, or smaller num_envs or algo.chunks"
+            raise found("algo.online_steps holds not one iteration", f"at least {least}", self.online_steps, fix)
         if self.learner.step >= self.offline_steps and self._spent(collect):
             return 1.0
         return min(0.999, self.learner.step / max(1, self.learner.total))
@@ -216,10 +232,8 @@ class Cloner:
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """A gradient step on a batch of chunks; what lies behind an episode's end is masked."""
         policy = self.learning
-        before, after = policy.obs_steps - 1, policy.horizon - policy.obs_steps + 1 - policy.act_steps
-        act = nn.functional.pad(batch["act"], (0, 0, before, after))  # [N, H, A]
-        ran = torch.arange(policy.act_steps, device=act.device) < batch["length"][:, None]
-        loss = policy.loss(batch["obs"], act, nn.functional.pad(ran, (before, after)))
+        ran = torch.arange(policy.act_steps, device=batch["length"].device) < batch["length"][:, None]  # [N, Ta], Ta = H
+        loss = policy.loss(batch["obs"], batch["act"], ran)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm)

@@ -109,10 +109,16 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", changes: Mappi
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else config
         raise found(f"{folder}/config.json is of another format", f"format {FORMAT}", got, "use the dprl that wrote it")
-    for key in changes or {}:
-        if key not in config["actor"]:
-            raise found(f"{folder}: the actor has no setting {key}", sorted(config["actor"]), key, "name one of these")
-    config["actor"] |= changes or {}
+    for key, value in (changes or {}).items():
+        *outer, last = key.split(".")
+        node = config["actor"]
+        for name in outer:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise found(
+                f"{folder}: the actor has no setting {key}", sorted(config["actor"]), key, "name one of these, a dot between levels"
+            )
+        node[last] = value
     actor = build(config["actor"], folder)
     try:
         weights = load_file(folder / "model.safetensors")

@@ -3,6 +3,8 @@
 Letters: N batch, M steps, To observed steps, O observation dim, H horizon, A action dim.
 """
 
+import math
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -39,25 +41,32 @@ class Returns(nn.Module):
         self.register_buffer("high", torch.ones(()))
 
     def labels(self, episodes: Episodes) -> Tensor:
-        """The return from each step on [M]."""
+        """The return from each step on [M]; NaN, unknown, where most of it lies behind an end of time or of the recording."""
         if episodes.rew is None:
             raise found(f"{episodes.source} has no rewards", "rewards to condition on", "none", "policy.condition=null, or other data")
-        return returns_to_go(episodes.rew, episodes.lengths, self.gamma)
+        labels = returns_to_go(episodes.rew, episodes.lengths, self.gamma)
+        left = episodes.ends.repeat_interleave(episodes.lengths) - torch.arange(len(labels))  # [M] steps
+        unseen = ~episodes.terminated.repeat_interleave(episodes.lengths) & (self.gamma**left > math.exp(-1))
+        if bool(unseen.all()):
+            what = f"{episodes.source}: no return is known, since time or the recording cuts every episode short of 1 / (1 - gamma) steps"
+            raise found(what, "longer episodes, or a smaller gamma", self.gamma, "policy.condition.gamma=0.9")
+        return labels.masked_fill(unseen, torch.nan)
 
     def fit(self, labels: Tensor) -> None:
-        """Takes their range."""
-        self.low.copy_(labels.min())
-        self.high.copy_(labels.max())
+        """Takes the range of those that are known."""
+        known = labels[~labels.isnan()]
+        self.low.copy_(known.min())
+        self.high.copy_(known.max())
 
     def joined(self, obs: Tensor, label: Tensor | None) -> Tensor:
         """``obs`` [N, To, O] with ``label`` [N] and whether it is known, [N, To, O+2]; training leaves some out."""
         if label is None:  # the plain policy
             return nn.functional.pad(obs, (0, 2))
         scaled = (label - self.low) / (self.high - self.low).clamp(min=1e-6)
-        known = torch.ones_like(scaled)
+        known = ~scaled.isnan()
         if self.training and self.dropout:
-            known = (torch.rand_like(scaled) >= self.dropout).to(scaled)
-        extra = torch.stack([scaled * known, known], -1)  # [N, 2]
+            known &= torch.rand_like(scaled) >= self.dropout
+        extra = torch.stack([torch.where(known, scaled, 0.0), known.to(scaled)], -1)  # [N, 2]
         return torch.cat([obs, extra[:, None].expand(-1, obs.shape[1], -1)], -1)
 
     def encode(self, denoiser: nn.Module, obs: Tensor) -> TensorDict:

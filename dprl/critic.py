@@ -134,7 +134,8 @@ def adopt(critic: Critic, other: Critic, source: str) -> None:
         expected, got = (f"{key}: {side.get(key)}" for side in shapes)
         raise found(f"the critic of {source} is of other sizes", expected, got, "algo.actor.critic as in that run's config.json")
     for key in mine:
-        if "_norm." in key and not torch.allclose(mine[key].cpu(), theirs[key].cpu(), rtol=1e-3, atol=1e-3):
+        unit = mine[key.replace("offset", "scale")].abs() if "_norm." in key else None  # of what the normaliser scales
+        if unit is not None and bool(((mine[key] - theirs[key].to(unit)).abs() > 1e-3 * unit).any()):
             expected, got = ([round(x, 4) for x in side[key].flatten()[:4].tolist()] for side in (mine, theirs))
             raise found(
                 f"the critic of {source} was trained with another normaliser ({key})",

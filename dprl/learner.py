@@ -70,7 +70,8 @@ class Learner:
         """Takes ``data`` to learn from; a critic that is new takes its scale of rewards from them."""
         self.data = data
         if self.scales and self.step == 0:
-            self.critic.scale.copy_(1 / data.to_go[data.begins].std(correction=0).clamp(min=1e-6))
+            spread = float(data.to_go[data.begins].std(correction=0))
+            self.critic.scale.fill_(1 / spread if spread > 1e-6 else 1.0)  # returns that are all equal tell no scale
 
     def update(self, steps: int, replay: Replay | None = None, also: Also | None = None) -> dict[str, float]:
         """``steps`` gradient steps of V, Q and the targets, then ``also``; returns the means of what they tell."""

@@ -45,7 +45,7 @@ class Tuner:
                 score = validation.score()
             metrics.log(values, step=self.iteration, done=self.percent)
             if due:
-                self.save(score, metrics.seconds)
+                self.save(score, metrics.seconds, ranked=bool(asked))
         if self.iteration != self.saved:
             validation = self.validate()
             metrics.log(validation.metrics("validation") | {"env_steps": self.collector.env_steps}, step=self.iteration, done=self.percent)
@@ -63,27 +63,24 @@ class Tuner:
         self.evaluation_steps += int(result.lengths.sum())
         return result
 
-    def save(self, score: float | None, seconds: float) -> None:
+    def save(self, score: float | None, seconds: float, *, ranked: bool = False) -> None:
         """A checkpoint; then new episodes everywhere, in a run that goes on and in one that is resumed here alike."""
         self.saved = self.iteration
+        rank = score if ranked or self.cfg.evaluation.choose == "best" else None  # where the last counts, none is best
         trainer = {
             "iteration": self.iteration,
             "env_steps": self.collector.env_steps,
             "evaluation_steps": self.evaluation_steps,
             "seconds": seconds,
-            "score": score,
+            "score": rank,
             "algo": self.algo.state_dict(),
             "rng": run.rng_state(),
         }
         path = checkpoint.at(self.folder, self.iteration)
         node = self.node | getattr(self.algo.actor, "settings", {})  # what it has chosen of its own config
         checkpoint.save(path, self.algo.actor, node=node, task=self.cfg.task.name, trainer=trainer)
-        checkpoint.keep(self.folder, self.iteration, self.rank(score))
+        checkpoint.keep(self.folder, self.iteration, rank)
         self.begin()
-
-    def rank(self, score: float | None) -> float | None:
-        """What a checkpoint is ranked by, or None where the last one is what counts."""
-        return score if self.cfg.evaluation.choose == "best" else None
 
     def begin(self) -> None:
         """New episodes in every environment, seeded by (seed, iteration)."""
@@ -97,7 +94,7 @@ class Tuner:
         self.algo.load_state_dict(trainer["algo"])
         self.iteration = self.saved = trainer["iteration"]
         self.evaluation_steps, self.collector.env_steps = trainer["evaluation_steps"], trainer["env_steps"]
-        checkpoint.keep(self.folder, step, self.rank(trainer["score"]))  # in case the run was cut off between the two
+        checkpoint.keep(self.folder, step, trainer["score"])  # in case the run was cut off between the two
         run.set_rng_state(trainer["rng"])
         return trainer["seconds"]
 

@@ -72,6 +72,8 @@ def train(cfg, overrides: list[str]) -> None:
 
     if cfg.resume is not None:
         raise found("baseline_sb3 cannot resume", "resume=null", cfg.resume, "out=runs/<another name>")
+    if cfg.task.env.backend != "sync":
+        raise found("baseline_sb3 steps its environments itself", "task.env.backend=sync", cfg.task.env.backend, "task.env.backend=sync")
     planned = run.plan(cfg, overrides)
     run.check_counts(cfg, env_steps=1, num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
     device = run.prepare(cfg)

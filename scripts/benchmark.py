@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from algos.guided import GuidedActor
 from algos.idql import IDQL, RankedActor
 from dprl.critic import Critic
 from dprl.data.episodes import Episodes
@@ -67,6 +68,12 @@ def ranked(base: DiffusionPolicy, candidates: int) -> RankedActor:
     return RankedActor(policy=base, critic=critic, candidates=candidates, **how).eval()  # type: ignore[arg-type]
 
 
+def guided(base: DiffusionPolicy) -> GuidedActor:
+    critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2)
+    how = dict(scale=0.1, start=0, stop=None, limit=0.25, jacobian="identity", at="clean", candidates=1, value=None)
+    return GuidedActor(policy=base, critic=critic, energy=PlainValue, **how).eval()  # type: ignore[arg-type]
+
+
 def logged(steps: int, episode: int) -> Episodes:
     """Noise in the layout of logged data."""
     ends = torch.arange(episode, steps + 1, episode)
@@ -97,7 +104,7 @@ def rows() -> list[Row]:
         ("512 wide, 20 steps", policy(width=512, sample_steps=None)),
         ("256 wide, 5 steps", policy(width=256, sample_steps=5)),
     ):
-        plain, best = base, ranked(base, 64)
+        plain, best, pushed = base, ranked(base, 64), guided(base)
         out += [
             Row(f"sampling 1 chunk for 1 observation ({name})", "ms", partial(plain, one)),
             Row(f"ranking 64 for 1 observation ({name})", "ms", partial(best, one), against=f"sampling 1 chunk for 1 observation ({name})"),
@@ -106,6 +113,18 @@ def rows() -> list[Row]:
                 f"ranking 64 for 40 observations ({name})",
                 "ms",
                 partial(best, forty),
+                against=f"sampling 1 chunk for 40 observations ({name})",
+            ),
+            Row(
+                f"guided chunk for 1 observation ({name})",
+                "ms",
+                partial(pushed, one),
+                against=f"sampling 1 chunk for 1 observation ({name})",
+            ),
+            Row(
+                f"guided chunk for 40 observations ({name})",
+                "ms",
+                partial(pushed, forty),
                 against=f"sampling 1 chunk for 40 observations ({name})",
             ),
         ]

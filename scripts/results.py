@@ -114,6 +114,7 @@ def sweep_table() -> str:
                     for row in rows
                     if (row["settings"]["candidates"], row["settings"]["select"], row["settings"].get("temperature"))
                     == (n, select, temperature)
+                    and row["first_seed"] >= 40000  # held out
                 ]
                 spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
                 cells.append(f"{sum(values) / len(values):.0f}{spread}" if values else "")

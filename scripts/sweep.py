@@ -55,10 +55,12 @@ def sweep(run: Path, grid: dict[str, list[Any]], *, episodes: int | None, valida
     path = checkpoint.resolve(run) if best else checkpoint.at(run, checkpoint.steps(run)[-1])
     out = run / "sweep.json"
     rows = read_json(out)["rows"] if out.is_file() else []
+    wanted = []
     envs: VecEnv | None = None
     for combination in itertools.product(*grid.values()):
         settings = dict(zip(grid, combination, strict=True))
         asked = {"settings": settings, "checkpoint": path.name, "first_seed": seeds[0], "episodes": count}
+        wanted.append(asked)
         if any(asked.items() <= row.items() for row in rows):
             continue
         actor = checkpoint.load(path, changes=settings).actor
@@ -70,7 +72,7 @@ def sweep(run: Path, grid: dict[str, list[Any]], *, episodes: int | None, valida
         print(f"{', '.join(f'{k}={v}' for k, v in settings.items())}: {evaluation.describe()}", flush=True)
     if envs:
         envs.close()
-    return rows
+    return [row for row in rows if any(asked.items() <= row.items() for asked in wanted)]
 
 
 def main() -> None:

@@ -93,6 +93,24 @@ def test_dropout_leaves_out_its_share_in_training_only():
     assert float(returns.eval().joined(torch.zeros(10, 1, 1), torch.ones(10))[..., 2].min()) == 1
 
 
+def test_returns_cut_by_time_are_unknown_near_the_cut():
+    rew, ends = torch.ones(60), torch.tensor([30, 60])
+    data = Episodes(torch.zeros(60, 1), torch.zeros(60, 1), rew, ends, torch.tensor([False, True]), None, "cut")
+    returns = Returns(obs_shape=[1], **SETTINGS | dict(gamma=0.9))
+    labels = returns.labels(data)
+    known = ~labels.isnan()
+    assert known[:20].all() and not known[21:30].any()  # less than 1 / (1 - gamma) steps left
+    assert known[30:].all()
+    assert float(labels[59]) == 1
+    returns.fit(labels)
+    joined = returns.eval().joined(torch.zeros(60, 1, 1), labels)
+    assert torch.equal(joined[:, 0, 2].bool(), known) and torch.isfinite(joined).all()
+    with pytest.raises(UserError, match="no return is known"):
+        returns.labels(
+            Episodes(torch.zeros(60, 1), torch.zeros(60, 1), rew, torch.arange(5, 61, 5), torch.zeros(12, dtype=torch.bool), None, "x")
+        )
+
+
 def test_composes_with_what_tunes_and_ranks():
     policy = conditioned(weight=2.0)
     assert policy.candidates(torch.randn(3, 1, 1), 4).shape == (3, 4, 4, 1)

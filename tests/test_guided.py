@@ -322,6 +322,18 @@ def broken(obs, act):
     return (act * 0).sum((1, 2)).sqrt()
 
 
+def numbers(obs, act):
+    return act.numpy().sum()
+
+
+def failing(obs, act):
+    raise KeyError("x")
+
+
+def scalar(obs, act):
+    return act.sum()
+
+
 def blind(obs, act):
     return obs.sum((1, 2)).requires_grad_()
 
@@ -331,13 +343,16 @@ def blind(obs, act):
     [
         (detached, r"detached is not differentiable"),
         (wide, r"wide returns the wrong shape"),
-        (broken, r"slope of the value broken is not finite"),
+        (broken, r"value broken or its slope is not finite"),
+        (numbers, r"value numbers failed: RuntimeError"),
+        (failing, r"value failing failed: KeyError"),
+        (scalar, r"scalar returns the wrong shape"),
         (blind, r"blind does not depend on the chunk"),
     ],
 )
 def test_a_function_that_cannot_guide_is_named(value, message):
     with pytest.raises(UserError, match=message):
-        guided(diffusion(), value=partial(value))(torch.randn(3, 1, 1))
+        algorithm(diffusion(), actor=dict(value=partial(value)))
 
 
 @pytest.mark.parametrize(
@@ -346,6 +361,9 @@ def test_a_function_that_cannot_guide_is_named(value, message):
         (dict(scales=[0.1, -0.2]), r"algo.scales is out of range[\s\S]*-0.2"),
         (dict(scales=[50.0]), r"algo.scales is out of range[\s\S]*50"),
         (dict(scales=[]), r"algo.scales is empty"),
+        (dict(offline_steps=0), r"nothing to climb"),
+        (dict(actor=dict(at="noised"), energy_steps=0), r"algo.energy_steps is too small"),
+        (dict(actor=dict(limit=0.0)), r"algo.actor.limit lets nothing move"),
         (dict(critic="best"), r"algo.critic is unknown"),
         (dict(actor=dict(scale=-1.0)), r"algo.actor.scale is out of range"),
         (dict(actor=dict(start=5, stop=5)), r"start and stop name no steps"),

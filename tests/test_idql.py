@@ -313,6 +313,23 @@ def test_offline_then_online_within_the_budget(changes):
     assert algo.progress(collector) == 1
 
 
+def test_a_budget_below_one_online_iteration_is_refused():
+    collector = Collector(vec("Aim-v0", num_envs=3), device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"holds not one iteration[\s\S]*at least 24"):
+        idql(diffusion(act_steps=4), mixed(20), online_steps=20).progress(collector)
+
+
+def test_equal_returns_tell_no_scale():
+    logged = mixed(20)
+    algo = idql(diffusion(act_steps=4), Episodes(logged.obs, logged.act, logged.rew * 0, logged.ends, logged.terminated, None, "none"))
+    assert float(algo.actor.critic.scale) == 1
+
+
+def test_keeping_on_cloning_wants_a_policy_that_executes_all_it_predicts():
+    with pytest.raises(UserError, match=r"executes all it predicts[\s\S]*horizon=4"):
+        idql(diffusion(horizon=4, act_steps=2), mixed(20), clone_lr=1e-3)
+
+
 def test_offline_steps_no_environment():
     algo = idql(diffusion(act_steps=4), mixed(20))
     collector, values = run_online(algo)
@@ -361,6 +378,7 @@ def test_cloning_goes_on_where_chunks_are_whole_and_stops_where_they_are_cut():
         (dict(offline_steps=0, online_steps=0), "nothing to rank by"),
         (dict(batch=0), r"algo.batch is too small"),
         (dict(backup="max"), "algo.backup is unknown"),
+        (dict(online_steps=50, online_start=50), "algo.online_start leaves no step"),
         (dict(actor=dict(candidates=0)), "candidates is too small"),
         (dict(actor=dict(select="best")), "select is unknown"),
         (dict(actor=dict(temperature=0.0)), "temperature is out of range"),

@@ -61,23 +61,26 @@ class Server:
 
     def __init__(self, content: bytes, *, cut: int | None = None, ranges: bool = True):
         self.asked: list[str | None] = []
+        self.content = content
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                begin = 0
+                begin, content = 0, outer.content
+                tag = f'"{hash(content)}"'
                 asked = self.headers.get("Range")
                 outer.asked.append(asked)
                 if self.path != "/file.hdf5":
                     self.send_error(404)
                     return
-                if asked and ranges:
+                if asked and ranges and self.headers.get("If-Range") == tag:
                     begin = int(asked.removeprefix("bytes=").removesuffix("-"))
                     self.send_response(206)
                 else:
                     self.send_response(200)
                 rest = content[begin:]
                 self.send_header("Content-Length", str(len(rest)))
+                self.send_header("ETag", tag)
                 self.end_headers()
                 self.wfile.write(rest[:cut] if cut and len(outer.asked) == 1 else rest)
 
@@ -100,6 +103,35 @@ def test_a_download_that_was_cut_off_goes_on(tmp_path, ranges):
     assert path.read_bytes() == content
     assert server.asked == [None, "bytes=100000-"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_changed_meanwhile_is_taken_anew(tmp_path):
+    rng = np.random.default_rng(0)
+    server, path = Server(rng.bytes(300_000), cut=100_000), tmp_path / "file.hdf5"
+    with pytest.raises(UserError):
+        fetch(server.url, path)
+    server.content = rng.bytes(250_000)
+    fetch(server.url, path)
+    assert path.read_bytes() == server.content
+
+
+def test_what_came_from_another_address_is_not_gone_on_with(tmp_path):
+    rng = np.random.default_rng(0)
+    first, second, path = Server(rng.bytes(300_000), cut=100_000), Server(rng.bytes(200_000)), tmp_path / "file.hdf5"
+    with pytest.raises(UserError):
+        fetch(first.url, path)
+    fetch(second.url, path)
+    assert path.read_bytes() == second.content
+    assert second.asked == [None]
+
+
+def test_what_was_complete_is_only_moved(tmp_path):
+    server, path = Server(np.random.default_rng(0).bytes(3000)), tmp_path / "file.hdf5"
+    (tmp_path / "file.hdf5.partial").write_bytes(server.content)
+    (tmp_path / "file.hdf5.partial.json").write_text(f'{{"url": "{server.url}", "tag": "x", "size": 3000}}')
+    fetch(server.url, path)
+    assert path.read_bytes() == server.content
+    assert server.asked == []
 
 
 def test_download_only_when_asked(tmp_path, monkeypatch):

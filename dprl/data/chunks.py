@@ -143,10 +143,12 @@ def _like(mask: Tensor, value: Tensor) -> Tensor:
 
 
 class Replay:
-    """The latest ``capacity`` collected chunks; in files when ``memmap`` names a folder for them."""
+    """The latest ``capacity`` collected chunks; in files when ``memmap`` names a folder for them. A checkpoint holds them too."""
 
     def __init__(self, capacity: int, *, memmap: str | None, device: torch.device):
-        storage = LazyTensorStorage(capacity, device=device) if memmap is None else LazyMemmapStorage(capacity, scratch_dir=memmap)
+        storage = (
+            LazyTensorStorage(capacity, device=device) if memmap is None else LazyMemmapStorage(capacity, scratch_dir=memmap, existsok=True)
+        )
         self.buffer = ReplayBuffer(storage=storage)
         self.device = device
 

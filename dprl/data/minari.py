@@ -73,7 +73,7 @@ def _open(id: str | None, path: str | None, download: bool) -> Any:
 
 def _compare(data: Any, env_id: str | None, source: str) -> None:
     recorded = data.env_spec
-    if env_id is None or recorded is None or recorded.id == env_id:
+    if env_id is None or recorded is None or recorded.id == env_id.rpartition(":")[2]:  # module:Id-v0 names the module too
         return
     raise found(
         f"{source} was recorded in another environment",

@@ -20,14 +20,14 @@ from dprl.diffusion import DiffusionPolicy, Guide, Step
 from dprl.envs.collect import Collect, Rollout
 from dprl.errors import found
 from dprl.log import Sums
-from dprl.normalize import MinMax, Obs
+from dprl.normalize import Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
-from dprl.policy import device_of, frozen, repeated
+from dprl.policy import Wrapper, device_of, frozen, repeated
 from dprl.returns import ReturnScale, chunk_rewards, discounts
 from dprl.schedule import Schedule
 
 
-class ChainActor(nn.Module):
+class ChainActor(Wrapper):
     """Draws chunks with the frozen ``base`` for the first reverse steps and ``tuned`` for the last ``tuned_steps``.
 
     In ``train`` mode it explores: each tuned step has a std of at least ``min_std``, the last one too, and what the
@@ -57,23 +57,12 @@ class ChainActor(nn.Module):
             )
         self.base = frozen(policy)
         self.tuned = policy.eval()
-        self.obs_shape, self.act_dim = policy.obs_shape, policy.act_dim
-        self.obs_steps, self.act_steps = policy.obs_steps, policy.act_steps
         self.first = steps - tuned_steps
         self.min_std, self.noise_limit = min_std, noise_limit
 
-    def train(self, mode: bool = True) -> "ChainActor":
-        """Explores, or not. The networks stay as they act: with dropout, the first PPO ratio would not be 1."""
-        self.training = mode
-        return self
-
     @property
-    def obs_norm(self) -> nn.Module:
-        return self.tuned.obs_norm
-
-    @property
-    def act_norm(self) -> MinMax:
-        return self.tuned.act_norm
+    def wrapped(self) -> DiffusionPolicy:
+        return self.tuned
 
     @property
     def schedule(self) -> Schedule:

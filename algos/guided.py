@@ -21,15 +21,15 @@ from dprl.envs.collect import Collect
 from dprl.errors import UserError, found
 from dprl.learner import Learner
 from dprl.log import Sums
-from dprl.normalize import MinMax, Obs
+from dprl.normalize import Obs
 from dprl.optim import adamw
-from dprl.policy import device_of, repeated
+from dprl.policy import Wrapper, device_of, repeated
 
 Value = Callable[[Tensor, Tensor], Tensor]  # obs [N, To, O] and act [N, Ta, A] in environment units -> [N], more is better
 LARGEST = 1.0  # of a scale: a whole range of the actions, each step
 
 
-class GuidedActor(nn.Module):
+class GuidedActor(Wrapper):
     """Draws chunks from ``policy`` with each clean estimate moved by ``scale`` ranges of the actions up a slope.
 
     ``value`` is a function; without it the slope is the critic's. ``jacobian: identity`` takes the slope at the clean
@@ -77,8 +77,6 @@ class GuidedActor(nn.Module):
             raise found("ranking wants a member that did not guide", "members of at least 2", 1, "algo.actor.critic.members=2")
         sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps, act_dim=policy.act_dim, act_steps=policy.act_steps)
         self.energy = energy(**sizes, levels=policy.schedule.steps) if at == "noised" else None
-        self.obs_shape, self.act_dim = policy.obs_shape, policy.act_dim
-        self.obs_steps, self.act_steps = policy.obs_steps, policy.act_steps
         self.scale, self.start, self.stop, self.limit = scale, start, stop, limit
         self.jacobian, self.n = jacobian, candidates
 
@@ -86,19 +84,6 @@ class GuidedActor(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What of its config has been chosen since."""
         return {"scale": self.scale}
-
-    @property
-    def obs_norm(self) -> nn.Module:
-        return self.policy.obs_norm
-
-    @property
-    def act_norm(self) -> MinMax:
-        return self.policy.act_norm
-
-    def train(self, mode: bool = True) -> "GuidedActor":
-        """The networks stay as they act."""
-        self.training = mode
-        return self
 
     @torch.no_grad()
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,14 +20,14 @@ from dprl.data.episodes import Episodes
 from dprl.envs.collect import Collect
 from dprl.errors import found
 from dprl.learner import Learner
-from dprl.normalize import MinMax, Obs
+from dprl.normalize import Obs
 from dprl.optim import adamw, polyak
-from dprl.policy import ChunkPolicy, device_of
+from dprl.policy import ChunkPolicy, Wrapper, device_of
 
 Select = Literal["argmax", "softmax", "expectile"]
 
 
-class RankedActor(nn.Module):
+class RankedActor(Wrapper):
     """Draws ``candidates`` chunks from ``policy``, any actor, and picks one by the least target Q.
 
     ``select``: ``argmax``; ``softmax`` of Q / temperature; ``expectile``, the weights tau where Q > V and 1 - tau
@@ -56,24 +56,9 @@ class RankedActor(nn.Module):
         if not 0 < expectile < 1:
             raise found("algo.expectile is out of range", "between 0 and 1", expectile, "algo.expectile=0.8")
         self.policy, self.critic = policy, critic(policy=policy)
-        self.obs_shape, self.act_dim = policy.obs_shape, policy.act_dim
-        self.obs_steps, self.act_steps = policy.obs_steps, policy.act_steps
         self.select: Select = select
         self.explore: Select = explore
         self.n, self.temperature, self.expectile = candidates, temperature, expectile
-
-    @property
-    def obs_norm(self) -> nn.Module:
-        return self.policy.obs_norm
-
-    @property
-    def act_norm(self) -> MinMax:
-        return self.policy.act_norm
-
-    def train(self, mode: bool = True) -> "RankedActor":
-        """Explores, or not. The networks stay as they act."""
-        self.training = mode
-        return self
 
     def weights(self, obs: Obs, q: Tensor, select: Select) -> Tensor:
         """With what probability each of the candidates' values ``q`` [N, n] is picked, up to a factor."""

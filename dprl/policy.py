@@ -21,10 +21,17 @@ class Actor(Protocol):
     tells that policy's sizes.
     """
 
-    obs_shape: Any  # sizes of an observation: a list, or a mapping from key to one
-    act_dim: int
-    obs_steps: int
-    act_steps: int
+    @property
+    def obs_shape(self) -> Any: ...  # sizes of an observation: a list, or a mapping from key to one
+
+    @property
+    def act_dim(self) -> int: ...
+
+    @property
+    def obs_steps(self) -> int: ...
+
+    @property
+    def act_steps(self) -> int: ...
 
     @property
     def obs_norm(self) -> nn.Module: ...
@@ -86,6 +93,46 @@ class ChunkPolicy(nn.Module, ABC):
     @abstractmethod
     def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
         """Cloning loss on ``obs`` [N, To, O], ``act`` [N, H, A], ``mask`` [N, H] (true where the step exists)."""
+
+
+class Wrapper(nn.Module):
+    """An actor around another: of its sizes and normalisers, and with networks that stay as they act when it explores."""
+
+    policy: Any
+
+    @property
+    def wrapped(self) -> Any:
+        """The actor whose sizes these are."""
+        return self.policy
+
+    @property
+    def obs_shape(self) -> Any:
+        return self.wrapped.obs_shape
+
+    @property
+    def act_dim(self) -> int:
+        return self.wrapped.act_dim
+
+    @property
+    def obs_steps(self) -> int:
+        return self.wrapped.obs_steps
+
+    @property
+    def act_steps(self) -> int:
+        return self.wrapped.act_steps
+
+    @property
+    def obs_norm(self) -> nn.Module:
+        return self.wrapped.obs_norm
+
+    @property
+    def act_norm(self) -> MinMax:
+        return self.wrapped.act_norm
+
+    def train(self, mode: bool = True):
+        """Explores, or not; no network inside is switched to training."""
+        self.training = mode
+        return self
 
 
 def repeated(rows: Any, n: int) -> Any:

@@ -23,7 +23,8 @@ LOGGED = {"medium_replay": "hopper", "medium": "hopper", "halfcheetah_medium": "
 # a policy for ranking: five reverse steps of a small network, so that many candidates cost little
 SMALL = ("width=256", "policy.schedule.sample_steps=5", "train.steps=16000", "train.save_every=8000")
 GUIDED = ("num_envs=1", "evaluation.num_envs=50", "evaluation.episodes=50", "evaluation.final_episodes=100")
-ONLINE = ("num_envs=16", "algo.offline_steps=2000", "algo.online_steps=20000", "evaluation.every=6")
+MANY = "algo.actor.candidates=32"
+ONLINE = (MANY, "num_envs=16", "algo.offline_steps=2000", "algo.online_steps=20000", "evaluation.every=6")
 OFFLINE = ("num_envs=1", "evaluation.every=10", "evaluation.choose=last", "evaluation.num_envs=50", "evaluation.final_episodes=100")
 
 
@@ -53,7 +54,7 @@ def logged(folder: str, data: str, seed: int) -> None:
     path = f"data.path={Path(folder) / f'{task}-{name}.hdf5'.replace('_', '-')}"
     run("pretrain.py", task, f"bc_{name}", seed, path, f"name=bc_{name}", *SMALL)
     base = f"policy_from=runs/{task}-bc_{name}-{seed}"
-    run("finetune.py", task, f"idql_{name}", seed, "algo=idql", path, base, f"name=idql_{name}", *OFFLINE)
+    run("finetune.py", task, f"idql_{name}", seed, "algo=idql", MANY, path, base, f"name=idql_{name}", *OFFLINE)
     guided = ["algo=guided", path, f"name=guided_{name}", base, f"algo.critic_from=runs/{task}-idql_{name}-{seed}", *GUIDED]
     run("finetune.py", task, f"guided_{name}", seed, *guided)
     both = ["algo.actor.candidates=4", f"name=both_{name}"]

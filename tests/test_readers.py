@@ -229,6 +229,19 @@ def test_minari_says_what_is_wrong(recorded, changes, message):
         minari.load(**SETTINGS | dict(id=name) | changes)
 
 
+def test_minari_without_a_network_says_so(monkeypatch, tmp_path):
+    import minari as library
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr(library, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"cannot be downloaded: ConnectionError[\s\S]*connect to the network[\s\S]*data.path="):
+        minari.load(**SETTINGS | dict(id="mujoco/hopper/medium-v0", download=True))
+
+
 def test_minari_files_that_are_broken(recorded, tmp_path):
     name = recorded()
     file = tmp_path / "minari" / name / "data/main_data.hdf5"

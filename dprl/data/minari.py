@@ -68,7 +68,10 @@ def _open(id: str | None, path: str | None, download: bool) -> Any:
         ) from None
     except Exception as error:  # the library raises whatever its network clients and file readers raise
         what = f"Minari's {id}" if path is None else path
-        raise UserError(f"{what} cannot be opened: {type(error).__name__}: {error}\n  fix:      check the name and the network") from None
+        done = "downloaded" if download and path is None else "opened"
+        fix = "connect to the network and start again, or bring the dataset's folder yourself: data.path=..."
+        fix = fix if done == "downloaded" else "check the name, or download it again: data.download=true"
+        raise UserError(f"{what} cannot be {done}: {type(error).__name__}: {error}\n  fix:      {fix}") from None
 
 
 def _compare(data: Any, env_id: str | None, source: str) -> None:

@@ -3,7 +3,7 @@
     python scripts/reproduce.py avoid                        # about 10 minutes on two cores
     python scripts/reproduce.py predict                      # after avoid: the other prediction targets
     python scripts/reproduce.py ways                         # after avoid: tuned with the regulariser
-    python scripts/reproduce.py online                       # after avoid: IDQL offline and online, and Gaussian baselines
+    python scripts/reproduce.py online                       # after avoid: IDQL offline and online, guidance by a function, baselines
     python scripts/reproduce.py hopper --data <folder>       # about 30 minutes
     python scripts/reproduce.py idql --data <folder>         # about 60 minutes
 
@@ -94,6 +94,7 @@ def main() -> None:
                 run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
         elif what == "online":
             run("finetune.py", "avoid", "idql", seed, "algo=idql", *ONLINE)
+            run("finetune.py", "avoid", "guided_clear", seed, "algo=guided_clear", "num_envs=1")
             for baseline, steps in (("sac", 100_000), ("ppo", 400_000)):
                 out = f"runs/avoid-{baseline}-{seed}"
                 if not Path(out, "result.json").is_file():

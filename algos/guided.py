@@ -11,180 +11,19 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from dprl.critic import Critic, adopt
 from dprl.data.chunks import ChunkData, RolloutReturns
 from dprl.data.episodes import Episodes
-from dprl.diffusion import Estimate, Guide
 from dprl.envs.collect import Collect
-from dprl.errors import UserError, found
+from dprl.errors import found
+from dprl.guidance import GuidedActor, check_scale
 from dprl.learner import Learner
 from dprl.log import Sums
 from dprl.normalize import Obs
 from dprl.optim import adamw
-from dprl.policy import Wrapper, device_of, repeated
-
-Value = Callable[[Tensor, Tensor], Tensor]  # obs [N, To, O] and act [N, Ta, A] in environment units -> [N], more is better
-LARGEST = 1.0  # of a scale: a whole range of the actions, each step
-
-
-class GuidedActor(Wrapper):
-    """Draws chunks from ``policy`` with each clean estimate moved by ``scale`` ranges of the actions up a slope.
-
-    ``value`` is a function; without it the slope is the critic's. ``jacobian: identity`` takes the slope at the clean
-    estimate, ``full`` through the denoiser (DPS); ``at: noised`` asks an energy of the noisy chunk instead (CEP).
-    """
-
-    def __init__(
-        self,
-        *,
-        policy: Any,
-        critic: Callable[..., Critic],
-        energy: Callable[..., nn.Module],
-        value: Value | None,
-        scale: float,
-        start: int,
-        stop: int | None,
-        limit: float,
-        jacobian: Literal["identity", "full"],
-        at: Literal["clean", "noised"],
-        candidates: int,
-    ):
-        super().__init__()
-        if not hasattr(policy, "schedule"):
-            raise found(
-                "guided moves a diffusion policy", "policy_from= such a run", type(policy).__name__, "policy_from=runs/<task>-bc-<seed>"
-            )
-        check_scale("algo.actor.scale", scale)
-        if limit <= 0:
-            raise found("algo.actor.limit lets nothing move", "more than 0, in ranges of the actions", limit, "algo.actor.limit=0.25")
-        for name, got, known in (("jacobian", jacobian, ("identity", "full")), ("at", at, ("clean", "noised"))):
-            if got not in known:
-                raise found(f"algo.actor.{name} is unknown", " or ".join(known), got, f"algo.actor.{name}={known[0]}")
-        if candidates < 1:
-            raise found("algo.actor.candidates is too small", "at least 1", candidates, "algo.actor.candidates=1")
-        if not 0 <= start < (len(policy.schedule) if stop is None else stop) <= len(policy.schedule):
-            steps = f"0 <= start < stop <= {len(policy.schedule)}, the policy's reverse steps"
-            raise found("algo.actor.start and stop name no steps", steps, f"{start}, {stop}", "algo.actor.start=0 algo.actor.stop=null")
-        if value is not None and (candidates > 1 or at == "noised"):
-            raise found(
-                "a function guides by itself", "candidates=1, at=clean", f"candidates={candidates}, at={at}", "algo.actor.value=null"
-            )
-        self.policy = policy
-        self.value, self.critic = value, None if value is not None else critic(policy=policy)
-        if self.critic is not None and candidates > 1 and len(self.critic.target) < 2:
-            raise found("ranking wants a member that did not guide", "members of at least 2", 1, "algo.actor.critic.members=2")
-        sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps, act_dim=policy.act_dim, act_steps=policy.act_steps)
-        self.energy = energy(**sizes, levels=policy.schedule.steps) if at == "noised" else None
-        self.scale, self.start, self.stop, self.limit = scale, start, stop, limit
-        self.jacobian, self.n = jacobian, candidates
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What of its config has been chosen since."""
-        return {"scale": self.scale}
-
-    @torch.no_grad()
-    def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
-        act = self.candidates(obs, self.n)  # [N, n, Ta, A]
-        if self.critic is None:
-            return act[:, 0], {"value": self.value(obs, act[:, 0])}  # type: ignore[misc, arg-type]
-        q = self.critic.values(obs, act)  # [E, N, n]
-        best = q[-1].argmax(-1)  # the member that does not guide where there is a choice
-        rows = torch.arange(len(act), device=act.device)
-        return act[rows, best], {"value": q.amin(0)[rows, best] / self.critic.scale}
-
-    def candidates(self, obs: Obs, n: int) -> Tensor:
-        """``n`` guided chunks for each observation, for another actor to choose among: [N, n, Ta, A]."""
-        return self.policy.candidates(obs, n, guide=self.guide(obs, n) if self.scale else None)
-
-    def guide(self, obs: Obs, n: int) -> Guide:
-        """The push, for chains of ``n`` chunks an observation."""
-        rise = self.rise(obs, n)
-
-        def push(estimate: Estimate, x: Tensor, i: int) -> Tensor:
-            if not self.start <= i < (len(self.policy.schedule) if self.stop is None else self.stop):
-                return estimate(x)
-            full = self.energy is None and self.jacobian == "full"
-            x0 = x if full else estimate(x)  # no gradient passes through the denoiser unless it is asked for
-            at = (x if self.energy is not None else x0).detach().requires_grad_()
-            with torch.enable_grad():
-                if full:
-                    x0 = estimate(at)
-                slope = self.slope(rise(x0 if full else at, i), at)
-            unit = slope / torch.linalg.vector_norm(slope, dim=(1, 2), keepdim=True).clamp(min=1e-12)
-            return x0.detach() + (2 * self.scale * unit).clamp(-2 * self.limit, 2 * self.limit)  # the range is 2 wide
-
-        return push
-
-    def rise(self, obs: Obs, n: int) -> Callable[[Tensor, int], Tensor]:
-        """What the chunks [N n, H, A] climb, as a function of them; the observation is encoded here, once."""
-        if self.value is not None:
-            value, seen = self.value, repeated(obs, n)
-            return lambda x0, i: value(seen, self.policy.to_env(x0))
-        if self.energy is not None:
-            energy, cond = self.energy, self.energy.encode(self.obs_norm(obs))  # type: ignore[operator]
-            to_norm = self.act_norm
-
-            def height(x: Tensor, i: int) -> Tensor:
-                act = to_norm(self.policy.to_env(x)).unflatten(0, (-1, n))
-                return energy(cond, act, self.policy.schedule.levels[i]).flatten()
-
-            return height
-        critic = self.critic
-        assert critic is not None
-        conds = critic.encode(obs)
-        guiding = slice(0, -1 if self.n > 1 else None)  # one member is kept apart to rank by
-
-        def least(x0: Tensor, i: int) -> Tensor:
-            act = self.policy.to_env(x0).unflatten(0, (-1, n))  # [N, n, Ta, A]
-            return critic.rate(conds[guiding], act, members=guiding).amin(0).flatten()
-
-        return least
-
-    @property
-    def climbed(self) -> str:
-        """The name of what is climbed."""
-        return getattr(getattr(self.value, "func", self.value), "__name__", None) or type(self.critic or self.value).__name__
-
-    def try_out(self, obs: Obs) -> None:
-        """One push from noise, so that a function that cannot guide is told, by its name, before a run begins."""
-        scale, self.scale = self.scale, LARGEST
-        try:
-            self.policy.candidates(obs, 1, guide=self.guide(obs, 1))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a user's function raises
-            raise UserError(f"the value {self.climbed} failed: {type(error).__name__}: {error}") from error
-        finally:
-            self.scale = scale
-
-    def slope(self, height: Tensor, at: Tensor) -> Tensor:
-        """The gradient of ``height`` [N] by ``at`` [N, H, A]."""
-        name = self.climbed
-        if not isinstance(height, Tensor):
-            raise found(
-                f"the value {name} returns no tensor", "one number a chunk, in torch", type(height).__name__, "no numpy, no .item()"
-            )
-        if height.shape != at.shape[:1]:
-            raise found(f"the value {name} returns the wrong shape", f"[{len(at)}]: one number a chunk", list(height.shape), "reduce it")
-        if not height.requires_grad:
-            raise found(
-                f"the value {name} is not differentiable", "a function of the chunk, in torch", "no gradient", "no .detach(), no numpy"
-            )
-        (slope,) = torch.autograd.grad(height.sum(), at, allow_unused=True)
-        if slope is None:
-            raise found(f"the value {name} does not depend on the chunk", "a slope", "none", "use its argument act")
-        if not bool(torch.isfinite(slope).all() & torch.isfinite(height).all()):
-            raise UserError(f"the value {name} or its slope is not finite\n  fix:      guard its square roots, divisions and logarithms")
-        return slope
-
-
-def check_scale(name: str, scale: float) -> None:
-    """Raises a ``UserError`` for a scale that pushes downhill or out of every range."""
-    if not 0 <= scale <= LARGEST:
-        raise found(f"{name} is out of range", f"0 to {LARGEST:g}, in ranges of the actions", scale, f"{name}=0.1")
+from dprl.policy import device_of
 
 
 def energy_loss(actor: GuidedActor, obs: Obs, *, support: int, beta: float) -> Tensor:

@@ -60,6 +60,11 @@ class RankedActor(Wrapper):
         self.explore: Select = explore
         self.n, self.temperature, self.expectile = candidates, temperature, expectile
 
+    @property
+    def discount(self) -> float:
+        """Of the returns that it predicts."""
+        return self.critic.gamma
+
     def weights(self, obs: Obs, q: Tensor, select: Select) -> Tensor:
         """With what probability each of the candidates' values ``q`` [N, n] is picked, up to a factor."""
         if select == "softmax":

@@ -21,24 +21,24 @@ from dprl.normalize import Obs
 from dprl.optim import polyak
 from dprl.policy import Actor, frozen
 
-EVERY = slice(None)
-
 
 class Critic(nn.Module):
     """``members`` Qs, their average and a V, in environment units; it scales both sides as ``policy`` does.
 
-    ``scale`` is what rewards are multiplied by before they are learned from.
+    ``scale`` is what rewards are multiplied by before they are learned from, ``gamma`` their discount of an environment
+    step.
     """
 
     scale: Tensor
 
-    def __init__(self, *, policy: Actor, q: Callable[..., nn.Module], v: Callable[..., nn.Module], members: int):
+    def __init__(self, *, policy: Actor, q: Callable[..., nn.Module], v: Callable[..., nn.Module], members: int, gamma: float):
         super().__init__()
         if members < 1:
             raise found("the critic has no members", "algo.actor.critic.members of at least 1", members, "algo.actor.critic.members=2")
         self.obs_norm, self.act_norm = copy.deepcopy(policy.obs_norm), copy.deepcopy(policy.act_norm)
         sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps)
         self.sizes = sizes | dict(act_dim=policy.act_dim, act_steps=policy.act_steps)
+        self.gamma = gamma
         self.q = nn.ModuleList(q(**self.sizes) for _ in range(members))
         self.target = frozen(self.q)
         self.v = v(**sizes)
@@ -49,19 +49,26 @@ class Critic(nn.Module):
         return self.v(self.obs_norm(obs))
 
     def encode(self, obs: Obs, *, target: bool = True) -> list[Tensor]:
-        """What every member makes of an observation alone; ``rate`` takes it as often as there are chunks to value."""
+        """What every member makes of an observation alone."""
         obs = self.obs_norm(obs)
         return [q.encode(obs) for q in (self.target if target else self.q)]  # type: ignore[operator]
 
-    def rate(self, conds: list[Tensor], act: Tensor, *, target: bool = True, members: slice = EVERY) -> Tensor:
-        """The Q of ``act`` [N, n, Ta, A] by each of ``members``, whose ``conds`` are given: [E, N, n]."""
-        act = self.act_norm(act)
-        nets = list(self.target if target else self.q)[members]
-        return torch.stack([q(cond, act) for q, cond in zip(nets, conds, strict=True)])
+    def slope(self, cond: Tensor, act: Tensor, member: int) -> Tensor:
+        """d(target Q of one ``member``) / d ``act``, shaped as it; ``act`` [N, n, Ta, A] is normalised, ``cond`` that member's."""
+        q = self.target[member]
+        if hasattr(q, "slope"):
+            return q.slope(cond, act)  # type: ignore[operator]
+        with torch.enable_grad():
+            at = act.detach().requires_grad_()
+            return torch.autograd.grad(q(cond, at).sum(), at)[0]
 
-    def values(self, obs: Obs, act: Tensor, *, target: bool = True) -> Tensor:
-        """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once."""
-        return self.rate(self.encode(obs, target=target), act, target=target)
+    def values(self, obs: Obs, act: Tensor, *, target: bool = True, conds: list[Tensor] | None = None) -> Tensor:
+        """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once, or not at all where ``conds``,
+        what ``encode`` made of it, are given."""
+        act = self.act_norm(act)
+        nets = self.target if target else self.q
+        conds = self.encode(obs, target=target) if conds is None else conds
+        return torch.stack([q(cond, act) for q, cond in zip(nets, conds, strict=True)])
 
     def score(self, obs: Obs, act: Tensor) -> Tensor:
         """The least of the target members' Qs of ``act`` [N, n, Ta, A]: [N, n]."""
@@ -127,6 +134,8 @@ def adopt(critic: Critic, other: Critic, source: str) -> None:
         raise found(
             f"the critic of {source} is of other sizes", critic.sizes, other.sizes, "a critic trained on this task and chunk length"
         )
+    if critic.gamma != other.gamma:
+        raise found(f"the critic of {source} has another discount", critic.gamma, other.gamma, f"algo.gamma={other.gamma:g}")
     mine, theirs = critic.state_dict(), other.state_dict()
     shapes = {k: tuple(v.shape) for k, v in mine.items()}, {k: tuple(v.shape) for k, v in theirs.items()}
     if shapes[0] != shapes[1]:

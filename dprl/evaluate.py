@@ -31,7 +31,8 @@ class Evaluation:
     success: np.ndarray | None
     info: dict[str, np.ndarray] = field(default_factory=dict)
     traces: list[np.ndarray] = field(default_factory=list)  # [length, O] each
-    values: np.ndarray | None = None  # what the actor predicted for its first chunk, if it predicts: a discounted return
+    values: np.ndarray | None = None  # what the actor predicted for its first chunk, if it predicts
+    discounted: np.ndarray | None = None  # and the discounted return, of the configured reward, that came
 
     def score(self) -> float:
         """What a best checkpoint is chosen by: success, ties by return; or return alone."""
@@ -39,10 +40,17 @@ class Evaluation:
         mean = float(self.returns.mean())
         return mean if self.success is None else float(self.success.mean()) + 1e-3 * mean / scale
 
+    def breadth(self, key: str, floor: float) -> float:
+        """What a checkpoint is chosen by where the ways told apart by ``info[key]`` are to be kept: their entropy, once success
+        has reached ``floor``; until then, success."""
+        assert self.success is not None
+        rate = float(self.success.mean())
+        return 1 + self.modes(key)["entropy"] if rate >= floor else rate
+
     def metrics(self, prefix: str, *, intervals: bool = False) -> dict[str, float]:
         """For the log; with ``intervals``, the ends of the 95 % intervals of success and return too."""
         s = self.summary()
-        keys = [key for key in ("return", "length", "success", "value") if s.get(key) is not None]
+        keys = [key for key in ("return", "length", "success", "value", "discounted") if s.get(key) is not None]
         out = {f"{prefix}/{key}": float(s[key]) for key in keys}
         if intervals:
             for key in ("success", "return"):
@@ -68,6 +76,7 @@ class Evaluation:
             "length": float(self.lengths.mean()),
             "n": len(self.seeds),
             **({} if self.values is None else {"value": float(self.values.mean())}),
+            **({} if self.discounted is None else {"discounted": float(self.discounted.mean())}),
         } | ({} if modes is None else {"modes": self.modes(modes)})
 
     def modes(self, key: str) -> dict[str, Any]:
@@ -111,6 +120,8 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
     returns, lengths, success = np.zeros(total), np.zeros(total, int), np.zeros(total, bool)
     info = {key: np.full(total, np.nan) for key in envs.info_keys}
     values: np.ndarray | None = None
+    gamma = getattr(actor, "discount", None)  # an actor that predicts returns says what it discounts them by
+    discounted, powers = (None, 0.0) if gamma is None else (np.zeros(total), gamma ** np.arange(envs.act_steps))
     pieces: list[list[np.ndarray]] = [[] for _ in range(total)]
     obs = envs.reset(seeds=[seeds[e] if e < total else 0 for e in episode])
     if n > total:
@@ -125,6 +136,8 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
             values = np.zeros(total) if values is None else values
             first = lengths[running] == 0
             values[running[first]] = extra["value"].cpu().numpy()[live[first]]
+        if discounted is not None:
+            discounted[running] += gamma ** lengths[running] * (step.rew[live] @ powers)  # type: ignore[operator]
         returns[running] += step.task_return[live]
         lengths[running] += step.length[live]
         success[running] |= step.success[live]
@@ -143,7 +156,7 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
         if again.any():
             obs = envs.reset(seeds=[seeds[e] if a else None for e, a in zip(episode, again, strict=True)], mask=again)
     traces = [np.concatenate(part) for part in pieces] if pieces[0] else []
-    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces, values)
+    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces, values, discounted)
 
 
 def wilson(successes: int, n: int) -> list[float]:

@@ -122,12 +122,24 @@ class Wrapper(nn.Module):
         return self.wrapped.act_steps
 
     @property
+    def horizon(self) -> int:
+        return self.wrapped.horizon
+
+    @property
     def obs_norm(self) -> nn.Module:
         return self.wrapped.obs_norm
 
     @property
     def act_norm(self) -> MinMax:
         return self.wrapped.act_norm
+
+    def to_env(self, x: Tensor) -> Tensor:
+        """A normalised chunk [N, H, A] as executed, in environment units: [N, Ta, A]."""
+        return self.wrapped.to_env(x)
+
+    def executed(self, x: Tensor) -> Tensor:
+        """The slice of a predicted chunk that is acted on: [..., H, A] -> [..., Ta, A]."""
+        return self.wrapped.executed(x)
 
     def train(self, mode: bool = True):
         """Explores, or not; no network inside is switched to training."""

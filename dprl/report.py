@@ -165,7 +165,14 @@ def write_choices(folder: Path, curve: Sequence[dict[str, Any]]) -> None:
         if f"validation/{key}_low" in points[0]:
             low, high = ([point[f"validation/{key}_{side}"] for point in points] for side in ("low", "high"))
             axis.fill_between(x, low, high, color=SOLVED, alpha=0.15, lw=0)
-        axis.set(xlabel=names[0].removeprefix("choice/"), title="predicted value" if key == "value" else key)
+        title = key
+        if key == "value":
+            title = "predicted value"
+            if "validation/discounted" in points[0]:
+                title = "value of an episode's start: predicted, and what came (red)"
+                axis.plot(x, [point["validation/discounted"] for point in points], marker=".", color=FAILED)
+        axis.set(xlabel=names[0].removeprefix("choice/"))
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     save(figure, folder / "choices.png")
     print(f"choices: {folder / 'choices.png'}")

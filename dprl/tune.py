@@ -42,14 +42,14 @@ class Tuner:
             if due and asked is not False:
                 validation = self.validate()
                 values |= validation.metrics("validation", intervals=bool(asked))
-                score = validation.score()
+                score = self.score(validation)
             metrics.log(values, step=self.iteration, done=self.percent)
             if due:
                 self.save(score, metrics.seconds, ranked=bool(asked))
         if self.iteration != self.saved:
             validation = self.validate()
             metrics.log(validation.metrics("validation") | {"env_steps": self.collector.env_steps}, step=self.iteration, done=self.percent)
-            self.save(validation.score(), metrics.seconds)
+            self.save(self.score(validation), metrics.seconds)
 
     @property
     def percent(self) -> int:
@@ -63,10 +63,15 @@ class Tuner:
         self.evaluation_steps += int(result.lengths.sum())
         return result
 
+    def score(self, validation: Evaluation) -> float:
+        """What the best checkpoint is chosen by."""
+        settings = self.cfg.evaluation
+        return validation.breadth(self.cfg.task.modes, settings.floor) if settings.choose == "modes" else validation.score()
+
     def save(self, score: float | None, seconds: float, *, ranked: bool = False) -> None:
         """A checkpoint; then new episodes everywhere, in a run that goes on and in one that is resumed here alike."""
         self.saved = self.iteration
-        rank = score if ranked or self.cfg.evaluation.choose == "best" else None  # where the last counts, none is best
+        rank = score if ranked or self.cfg.evaluation.choose != "last" else None  # where the last counts, none is best
         trainer = {
             "iteration": self.iteration,
             "env_steps": self.collector.env_steps,
@@ -104,8 +109,15 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
     run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
-    if cfg.evaluation.choose not in ("best", "last"):
-        raise found("evaluation.choose is unknown", "best or last", cfg.evaluation.choose, "evaluation.choose=best")
+    choose, floor = cfg.evaluation.choose, cfg.evaluation.floor
+    if choose not in ("best", "modes", "last"):
+        raise found("evaluation.choose is unknown", "best, modes or last", choose, "evaluation.choose=best")
+    if choose == "modes" and (cfg.task.modes is None or cfg.task.env.success_key is None):
+        raise found(
+            "evaluation.choose=modes has none to tell apart", "a task with modes and success", cfg.task.name, "evaluation.choose=best"
+        )
+    if choose == "modes" and not 0 <= floor <= 1:
+        raise found("evaluation.floor is no success", "0 to 1", floor, "evaluation.floor=0.95")
     device = run.prepare(cfg)
     base = folder / "base"  # the run's own copy of what it began with
     start = checkpoint.load(base if base.exists() else cfg.policy_from, device=device)
@@ -113,8 +125,9 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         fix = f"task={start.task}, or another policy_from="
         raise found(f"{start.path} was made for another task", cfg.task.name, start.task, fix)
     policy, plot, modes = start.actor, setup.plot(cfg), setup.modes(cfg)
-    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=setup.reward(cfg))
-    envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, trace=plot is not None)
+    reward = setup.reward(cfg)
+    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=reward)
+    envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, reward=reward, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
     collector = Collector(train_envs, device=device)
     algo: Algorithm = setup.construct(cfg.algo, "algo", policy=policy)

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from algos.guided import GuidedActor
 from algos.idql import IDQL, RankedActor
 from dprl.critic import Critic
 from dprl.data.episodes import Episodes
 from dprl.diffusion import DiffusionPolicy
 from dprl.files import write_json
+from dprl.guidance import GuidedActor
 from dprl.networks.critic import ChunkValue, PlainValue
 from dprl.networks.mlp import MLPDenoiser
 from dprl.report import markdown
@@ -30,7 +30,7 @@ from dprl.versions import versions
 
 ROOT = Path(__file__).parent.parent
 OBS, ACT, CHUNK = 11, 3, 4  # Hopper's sizes
-HEAD = dict(width=256, layers=2, activation="Mish", layer_norm=True)
+HEAD = dict(width=256, layers=2, activation="SiLU", layer_norm=True)
 
 
 class Row(NamedTuple):
@@ -63,13 +63,13 @@ def policy(*, width: int, sample_steps: int | None) -> DiffusionPolicy:
 
 
 def ranked(base: DiffusionPolicy, candidates: int) -> RankedActor:
-    critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2)
+    critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2, gamma=0.99)
     how = dict(select="argmax", explore="softmax", temperature=0.1, expectile=0.8)
     return RankedActor(policy=base, critic=critic, candidates=candidates, **how).eval()  # type: ignore[arg-type]
 
 
 def guided(base: DiffusionPolicy) -> GuidedActor:
-    critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2)
+    critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2, gamma=0.99)
     how = dict(scale=0.1, start=0, stop=None, limit=0.25, jacobian="identity", at="clean", candidates=1, value=None)
     return GuidedActor(policy=base, critic=critic, energy=PlainValue, **how).eval()  # type: ignore[arg-type]
 

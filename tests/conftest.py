@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def diffusion(
         obs_steps=obs_steps,
         obs_limit=None,
     )
+
+
+LEARNING: dict[str, Any] = dict(  # what every algorithm with a learned critic is told, small
+    trained=None,
+    critic_from=None,
+    gamma=0.9,
+    expectile=0.7,
+    backup="expectile",
+    backup_candidates=4,
+    offline_steps=20,
+    batch=32,
+    updates=10,
+    critic_warmup=0,
+    critic_lr=1e-3,
+    critic_lr_final=1e-3,
+    lr_warmup=0.0,
+    polyak=0.01,
+    scale_rewards=True,
+    max_grad_norm=10.0,
+)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from conftest import diffusion
 from omegaconf import DictConfig
 
-from algos.dppo import ChainActor
+from dprl.chain import ChainActor
 from dprl.clone import Cloner
 from dprl.conditioning import Returns
 from dprl.data.episodes import Episodes

@@ -7,6 +7,7 @@ from conftest import diffusion, vec
 from scipy.stats import binomtest
 from test_envs import Constant
 
+from dprl import rewards
 from dprl.evaluate import Evaluation, bootstrap, difference, evaluate, wilson
 
 
@@ -50,6 +51,38 @@ def test_short_episodes_are_not_favoured():
     envs = vec("Counter-v0", kwargs={"end": 7}, num_envs=4, act_steps=4)
     result = evaluate(Constant(), envs, range(9))
     np.testing.assert_array_equal(result.returns, np.full(9, 28.0))
+
+
+class Predicts(Constant):
+    """Promises a return, discounted by its own factor."""
+
+    discount = 0.5
+
+    def forward(self, obs):
+        act, _ = super().forward(obs)
+        return act, {"value": torch.full((len(obs),), 7.0)}
+
+
+def test_a_promised_return_is_held_against_the_one_that_came():
+    """Rewards 1, 2, .. 7 in chunks of 4 and 3; by the configured reward, while the return stays the task's."""
+    double = rewards.WeightedSum({"task": (2.0, rewards.task)})
+    envs = vec("Counter-v0", kwargs={"end": 7}, num_envs=2, act_steps=4, reward=double)
+    result = evaluate(Predicts(), envs, range(3))
+    expected = 2 * sum(0.5**t * (t + 1) for t in range(7))
+    np.testing.assert_allclose(result.discounted, np.full(3, expected))
+    assert result.summary()["discounted"] == pytest.approx(expected) and result.summary()["value"] == 7.0
+    assert result.summary()["return"] == 28.0
+    assert "discounted" not in evaluate(Constant(), envs, range(3)).summary()
+
+
+def test_ways_count_once_the_task_is_solved():
+    def of(success, ways):
+        return Evaluation(list(range(4)), np.zeros(4), np.ones(4, int), np.array(success, bool), {"way": np.array(ways, float)})
+
+    narrow, wide = of([1, 1, 1, 1], [3, 3, 3, 3]), of([1, 1, 1, 0], [1, 2, 3, 4])
+    assert narrow.breadth("way", 0.75) == 1.0
+    assert wide.breadth("way", 0.75) == pytest.approx(1 + np.log(3))
+    assert wide.breadth("way", 0.8) == 0.75
 
 
 def test_summary():

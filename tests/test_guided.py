@@ -5,20 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import diffusion, vec
+from conftest import LEARNING, diffusion, vec
 from test_data import episodes
 from test_idql import CRITIC, NET, mixed
 from torch import nn
 
-from algos.dppo import ChainActor
-from algos.guided import Guided, GuidedActor, energy_loss
+from algos.guided import Guided, energy_loss
 from algos.idql import RankedActor
 from dprl import values
+from dprl.chain import ChainActor
 from dprl.data.chunks import RolloutReturns
 from dprl.diffusion import DiffusionPolicy
 from dprl.envs.collect import Collector
 from dprl.errors import UserError
-from dprl.networks.critic import NoisedValue
+from dprl.guidance import GuidedActor
+from dprl.networks.critic import ChunkValue, NoisedValue, hidden
+from dprl.networks.slope import slope
 from dprl.schedule import Schedule
 
 ENERGY = partial(NoisedValue, **NET, time_size=8)
@@ -26,33 +28,17 @@ ENERGY = partial(NoisedValue, **NET, time_size=8)
 
 def guided(policy, **changes) -> GuidedActor:
     settings = dict(scale=0.1, start=0, stop=None, limit=10.0, jacobian="identity", at="clean", candidates=1, value=None)
-    return GuidedActor(policy=policy, critic=CRITIC, energy=ENERGY, **(settings | changes))
+    return GuidedActor(policy=policy, **(dict(critic=CRITIC, energy=ENERGY) | settings | changes))
 
 
 def algorithm(policy, *, actor=None, logged=None, **changes) -> Guided:
-    settings = dict(
-        trained=None,
-        critic_from=None,
+    settings = LEARNING | dict(
         critic="idql",
         scales=[0.0, 0.1],
-        gamma=0.9,
-        offline_steps=20,
         rollout_steps=60,
-        updates=10,
         energy_steps=6,
         energy_support=4,
         energy_beta=3.0,
-        expectile=0.7,
-        backup="expectile",
-        backup_candidates=4,
-        batch=32,
-        critic_warmup=0,
-        critic_lr=1e-3,
-        critic_lr_final=1e-3,
-        lr_warmup=0.0,
-        polyak=0.01,
-        scale_rewards=True,
-        max_grad_norm=10.0,
     )
     return Guided(policy=policy, actor=partial(guided, **(actor or {})), episodes=lambda: logged or mixed(20), **(settings | changes))
 
@@ -198,16 +184,59 @@ def test_all_candidates_of_all_environments_in_one_call():
     assert calls == [15] * 8
 
 
-def test_the_member_that_ranks_does_not_guide():
-    actor = guided(diffusion(), candidates=4)
-    assert actor.critic is not None
-    asked = []
+def spied(actor) -> tuple[list[int], list[int]]:
+    """The members of the actor's critic, by number, as they are asked for slopes and for values."""
+    slopes, asked = [], []
     for e, q in enumerate(actor.critic.target):
-        inner = q.forward
-        q.forward = lambda cond, act, e=e, inner=inner: asked.append((e, act.requires_grad)) or inner(cond, act)
-    actor(torch.randn(2, 1, 1))
-    assert {e for e, with_slope in asked if with_slope} == {0}
-    assert (1, False) in asked
+        inner, outer = q.slope, q.forward
+        q.slope = lambda cond, act, e=e, inner=inner: slopes.append(e) or inner(cond, act)
+        q.forward = lambda cond, act, e=e, outer=outer: asked.append(e) or outer(cond, act)
+    return slopes, asked
+
+
+def test_members_guide_in_turn_and_the_one_that_ranks_does_not():
+    alone = guided(diffusion())
+    slopes, _ = spied(alone)
+    alone(torch.randn(2, 1, 1))
+    assert slopes == [0, 1] * 4
+    chosen = guided(diffusion(), candidates=4)
+    slopes, asked = spied(chosen)
+    chosen(torch.randn(2, 1, 1))
+    assert slopes == [0] * 8
+    assert 1 in asked
+
+
+@pytest.mark.parametrize("obs_steps", [1, 2])
+def test_the_closed_form_slope_is_autograds(obs_steps):
+    policy = diffusion(obs_steps=obs_steps, horizon=6, act_steps=3, obs_dim=2, act_dim=2).eval()
+    policy.fit_normalizers(torch.randn(50, 2), 3 * torch.randn(50, 2))
+    actor = guided(policy)
+    obs, x0 = torch.randn(5, obs_steps, 2), torch.randn(10, 6, 2)
+    for i in (0, 1):
+        at = x0.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(actor.rise(obs, 2)(at, i).sum(), at)
+        torch.testing.assert_close(actor.slopes(obs, 2)(x0, i), expected)
+
+
+@pytest.mark.parametrize("activation", ["ReLU", "SiLU", "Mish", "GELU"])
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_every_rule_of_the_slope(activation, layer_norm):
+    net = hidden(8, 3, activation, layer_norm).double()
+    x = torch.randn(4, 2, 8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(slope(net, x.detach()), torch.autograd.grad(net(x).sum(), x)[0])
+
+
+def test_a_critic_without_a_closed_form_guides_by_autograd():
+    class Plain(ChunkValue):
+        slope = property()  # type: ignore[assignment]  as if it had none
+
+    policy, obs = diffusion().eval(), torch.randn(3, 1, 1)
+    torch.manual_seed(5)
+    closed = guided(policy)
+    torch.manual_seed(5)
+    plain_q = guided(policy, critic=partial(CRITIC, q=partial(Plain, **NET)))
+    assert not hasattr(plain_q.critic.target[0], "slope")
+    torch.testing.assert_close(plain(closed, obs), plain(plain_q, obs))
 
 
 def test_composes_with_ranking_and_tuned_policies():
@@ -383,7 +412,7 @@ def test_settings_out_of_range_are_named(changes, message):
 def test_only_diffusion_is_guided():
     from test_idql import Spread
 
-    with pytest.raises(UserError, match=r"guided moves a diffusion policy[\s\S]*Spread"):
+    with pytest.raises(UserError, match=r"only a diffusion policy can be guided[\s\S]*Spread"):
         guided(Spread())
 
 
@@ -414,4 +443,5 @@ def vars_of(function) -> dict:
 
 def test_episodes_too_short_for_a_chunk_are_legal():
     algo = algorithm(diffusion(), logged=episodes(1, 2, 5, obs=torch.randn(8, 1), last_obs=torch.randn(3, 1)))
-    run(algo)
+    _, told = run(algo)
+    assert [line["choice/scale"] for line in told if "choice/scale" in line] == [0.0, 0.1]

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import diffusion, vec
+from conftest import LEARNING, diffusion, vec
 from tensordict import TensorDict
 from test_data import episodes
 from torch import nn
 
-from algos.dppo import ChainActor
 from algos.idql import IDQL, RankedActor
+from dprl.chain import ChainActor
 from dprl.critic import Critic, adopt, expectile_loss, td_target
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import Collector
@@ -21,7 +21,7 @@ from dprl.networks.critic import ChunkValue, PlainValue
 from dprl.policy import ChunkPolicy
 
 NET = dict(width=32, layers=2, activation="Mish", layer_norm=True)
-CRITIC = partial(Critic, q=partial(ChunkValue, **NET), v=partial(PlainValue, **NET), members=2)
+CRITIC = partial(Critic, q=partial(ChunkValue, **NET), v=partial(PlainValue, **NET), members=2, gamma=0.9)
 
 
 class Spread(ChunkPolicy):
@@ -44,27 +44,11 @@ def ranked(policy, **changes) -> RankedActor:
 
 
 def idql(policy, logged: Episodes | None, *, actor=None, **changes) -> IDQL:
-    settings = dict(
-        trained=None,
-        critic_from=None,
-        gamma=0.9,
-        expectile=0.7,
-        backup="expectile",
-        backup_candidates=4,
-        offline_steps=20,
+    settings = LEARNING | dict(
         online_steps=0,
         online_start=0,
         utd=0.5,
         chunks=2,
-        batch=32,
-        updates=10,
-        critic_warmup=0,
-        critic_lr=1e-3,
-        critic_lr_final=1e-3,
-        lr_warmup=0.0,
-        polyak=0.01,
-        scale_rewards=True,
-        max_grad_norm=10.0,
         clone_lr=0.0,
         clone_polyak=0.01,
         capacity=1000,
@@ -280,11 +264,14 @@ def test_a_critic_moves_only_to_a_policy_it_fits():
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
     with pytest.raises(UserError, match="other sizes"):
         adopt(ranked(diffusion(act_dim=2)).critic, first, "runs/x")
-    wider = Critic(policy=policy, q=partial(ChunkValue, **NET | dict(width=16)), v=partial(PlainValue, **NET), members=2)
+    wider = Critic(policy=policy, q=partial(ChunkValue, **NET | dict(width=16)), v=partial(PlainValue, **NET), members=2, gamma=0.9)
     with pytest.raises(UserError, match=r"other sizes[\s\S]*\(32,"):
         adopt(wider, first, "runs/x")
     other = diffusion()
     other.fit_normalizers(torch.tensor([[-3.0], [3.0]]), torch.tensor([[-1.0], [1.0]]))
+    sooner = partial(CRITIC, gamma=0.5)(policy=policy)
+    with pytest.raises(UserError, match=r"another discount[\s\S]*0.5[\s\S]*0.9"):
+        adopt(sooner, first, "runs/x")
     with pytest.raises(UserError, match=r"another normaliser[\s\S]*3.0"):
         adopt(ranked(other).critic, first, "runs/x")
 

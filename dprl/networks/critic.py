@@ -1,7 +1,10 @@
 """Critics. They read observations that the policy's normaliser has already scaled."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from dprl.networks import slope
 from dprl.networks.mlp import sinusoid, trunk
 
 
@@ -68,6 +71,12 @@ class ChunkValue(nn.Module):
         """``act`` [N, n, Ta, A], n chunks for each ``cond`` [N, W]: [N, n]."""
         return self.rest(self.chunk(act.flatten(2)) + cond[:, None]).squeeze(-1)
 
+    def slope(self, cond: Tensor, act: Tensor) -> Tensor:
+        """dQ / d act, without autograd: [N, n, Ta, A]."""
+        hidden, last = self.rest
+        g = slope.slope([*hidden, last], self.chunk(act.flatten(2)) + cond[:, None])  # type: ignore[misc]
+        return (g @ self.chunk.weight).view_as(act)
+
 
 class NoisedValue(nn.Module):
     """A value of a noisy chunk: a plain MLP on observation, chunk and noise level, [N, To, O], [N, n, Ta, A], k -> [N, n]."""
@@ -78,21 +87,14 @@ class NoisedValue(nn.Module):
         self,
         *,
         width: int,
-        layers: int,
-        activation: str,
-        layer_norm: bool,
         time_size: int,
         levels: int,
-        obs_shape: list[int],
-        obs_steps: int,
-        act_dim: int,
-        act_steps: int,
+        **sizes: Any,  # as of a ChunkValue
     ):
         super().__init__()
         self.register_buffer("table", sinusoid(levels, time_size), persistent=False)
         self.time = nn.Linear(time_size, width, bias=False)
-        sizes = dict(obs_shape=obs_shape, obs_steps=obs_steps, act_dim=act_dim, act_steps=act_steps)
-        self.rest = ChunkValue(width=width, layers=layers, activation=activation, layer_norm=layer_norm, **sizes)  # type: ignore[arg-type]
+        self.rest = ChunkValue(width=width, **sizes)
 
     def encode(self, obs: Tensor) -> Tensor:
         return self.rest.encode(obs)

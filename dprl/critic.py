@@ -26,10 +26,11 @@ class Critic(nn.Module):
     """``members`` Qs, their average and a V, in environment units; it scales both sides as ``policy`` does.
 
     ``scale`` is what rewards are multiplied by before they are learned from, ``gamma`` their discount of an environment
-    step.
+    step, ``steepness`` the mean length of Q's slope at logged chunks.
     """
 
     scale: Tensor
+    steepness: Tensor
 
     def __init__(self, *, policy: Actor, q: Callable[..., nn.Module], v: Callable[..., nn.Module], members: int, gamma: float):
         super().__init__()
@@ -43,6 +44,7 @@ class Critic(nn.Module):
         self.target = frozen(self.q)
         self.v = v(**sizes)
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("steepness", torch.zeros(()))
 
     def state_value(self, obs: Obs) -> Tensor:
         """V(s): [N, To, O] -> [N]."""
@@ -53,14 +55,26 @@ class Critic(nn.Module):
         obs = self.obs_norm(obs)
         return [q.encode(obs) for q in (self.target if target else self.q)]  # type: ignore[operator]
 
-    def slope(self, cond: Tensor, act: Tensor, member: int) -> Tensor:
-        """d(target Q of one ``member``) / d ``act``, shaped as it; ``act`` [N, n, Ta, A] is normalised, ``cond`` that member's."""
-        q = self.target[member]
-        if hasattr(q, "slope"):
-            return q.slope(cond, act)  # type: ignore[operator]
-        with torch.enable_grad():
-            at = act.detach().requires_grad_()
-            return torch.autograd.grad(q(cond, at).sum(), at)[0]
+    def slope(self, obs: Obs, members: int, conds: list[Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+        """The slope of the mean target Q of the first ``members``, as a function of normalised chunks [N, n, Ta, A]."""
+        conds, nets = (self.encode(obs) if conds is None else conds)[:members], list(self.target)[:members]
+        if hasattr(nets[0], "slopes"):
+            each = nets[0].slopes(nets, conds)  # type: ignore[operator]
+            return lambda act: each(act).mean(0)
+
+        def by_autograd(act: Tensor) -> Tensor:
+            with torch.enable_grad():
+                at = act.detach().requires_grad_()
+                total = torch.stack([q(cond, at).sum() for q, cond in zip(nets, conds, strict=True)]).mean()
+                return torch.autograd.grad(total, at)[0]
+
+        return by_autograd
+
+    @torch.no_grad()
+    def survey(self, obs: Obs, act: Tensor) -> None:
+        """Notes how steep Q is at logged chunks [N, Ta, A]."""
+        g = self.slope(obs, len(self.target))(self.act_norm(act)[:, None])
+        self.steepness.copy_(torch.linalg.vector_norm(g.flatten(1), dim=1).mean())
 
     def values(self, obs: Obs, act: Tensor, *, target: bool = True, conds: list[Tensor] | None = None) -> Tensor:
         """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once, or not at all where ``conds``,

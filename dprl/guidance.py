@@ -37,6 +37,7 @@ class GuidedActor(Wrapper):
         start: int,
         stop: int | None,
         limit: float,
+        normalize: Literal["sample", "data"],
         jacobian: Literal["identity", "full"],
         at: Literal["clean", "noised"],
         candidates: int,
@@ -52,7 +53,8 @@ class GuidedActor(Wrapper):
         check_scale("algo.actor.scale", scale)
         if limit <= 0:
             raise found("algo.actor.limit lets nothing move", "more than 0, in ranges of the actions", limit, "algo.actor.limit=0.25")
-        for name, got, known in (("jacobian", jacobian, ("identity", "full")), ("at", at, ("clean", "noised"))):
+        options = {"jacobian": ("identity", "full"), "at": ("clean", "noised"), "normalize": ("sample", "data")}
+        for (name, known), got in zip(options.items(), (jacobian, at, normalize), strict=True):
             if got not in known:
                 raise found(f"algo.actor.{name} is unknown", " or ".join(known), got, f"algo.actor.{name}={known[0]}")
         if candidates < 1:
@@ -64,6 +66,9 @@ class GuidedActor(Wrapper):
             raise found(
                 "a function guides by itself", "candidates=1, at=clean", f"candidates={candidates}, at={at}", "algo.actor.value=null"
             )
+        if normalize == "data" and (value is not None or at == "noised" or jacobian == "full"):
+            what = "algo.actor.normalize=data is for the slope of a critic at clean chunks"
+            raise found(what, "no value, at=clean, jacobian=identity", f"{value}, {at}, {jacobian}", "algo.actor.normalize=sample")
         self.policy = policy
         self.value, self.critic = value, None if value is not None else critic(policy=policy)
         if self.critic is not None and candidates > 1 and len(self.critic.target) < 2:
@@ -71,7 +76,7 @@ class GuidedActor(Wrapper):
         sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps, act_dim=policy.act_dim, act_steps=policy.act_steps)
         self.energy = energy(**sizes, levels=policy.schedule.steps) if at == "noised" else None
         self.scale, self.start, self.stop, self.limit = scale, start, stop, limit
-        self.jacobian, self.n = jacobian, candidates
+        self.jacobian, self.n, self.normalize = jacobian, candidates, normalize
 
     @property
     def discount(self) -> float | None:
@@ -118,8 +123,8 @@ class GuidedActor(Wrapper):
             else:
                 x0 = estimate(x)  # no gradient passes through the denoiser unless it is asked for
                 g = slope(x if self.energy is not None else x0, i)
-            unit = nn.functional.normalize(g.flatten(1), eps=1e-12).view_as(g)
-            if self.scale > self.limit:
+            unit = nn.functional.normalize(g.flatten(1), eps=1e-12).view_as(g) if self.steepness is None else g / self.steepness
+            if self.scale > self.limit or self.steepness is not None:
                 unit = unit.clamp(-self.limit / self.scale, self.limit / self.scale)
             return x0.add(unit, alpha=2 * self.scale)  # the range is 2 wide
 
@@ -138,23 +143,28 @@ class GuidedActor(Wrapper):
             return slope
         critic = self.critic
         assert critic is not None
-        conds, turns = critic.encode(obs), self.guides
+        up = critic.slope(obs, self.guides)
         mine, its = self.act_norm, critic.act_norm
         gain, shift = mine.scale / its.scale, (mine.offset - its.offset) / its.scale  # from the policy's units to the critic's
         before, after = self.obs_steps - 1, self.policy.horizon - self.obs_steps + 1 - self.act_steps  # steps not executed
 
-        def in_turn(x0: Tensor, i: int) -> Tensor:
+        def of_critic(x0: Tensor, i: int) -> Tensor:
             act = torch.addcmul(shift, self.executed(x0), gain).unflatten(0, (-1, n))  # [N, n, Ta, A]
-            g = (critic.slope(conds[i % turns], act, i % turns) * gain).flatten(0, 1)
+            g = (up(act) * gain).flatten(0, 1)
             return nn.functional.pad(g, (0, 0, before, after)) if before or after else g
 
-        return in_turn
+        return of_critic
 
     @property
     def guides(self) -> int:
-        """Members of the critic that guide, a step each in turn; where there is a choice to make, the last is kept to rank by."""
+        """Members of the critic that guide, by their mean; where there is a choice to make, the last is kept to rank by."""
         assert self.critic is not None
         return len(self.critic.target) - (self.n > 1)
+
+    @property
+    def steepness(self) -> Tensor | None:
+        """What slopes are divided by, if not each by its own length."""
+        return self.critic.steepness if self.critic is not None and self.normalize == "data" else None
 
     def rise(self, obs: Obs, n: int) -> Callable[[Tensor, int], Tensor]:
         """The height [N n] of what chunks [N n, H, A] climb, as a function of them, for autograd."""
@@ -169,13 +179,9 @@ class GuidedActor(Wrapper):
                 return energy(cond, act, self.policy.schedule.levels[i]).flatten()
 
             return height
-        critic, turns = self.critic, self.guides
+        critic, guides = self.critic, self.guides
         assert critic is not None
-
-        def q(x0: Tensor, i: int) -> Tensor:
-            return critic.values(obs, self.policy.to_env(x0).unflatten(0, (-1, n)))[i % turns].flatten()
-
-        return q
+        return lambda x0, i: critic.values(obs, self.policy.to_env(x0).unflatten(0, (-1, n)))[:guides].mean(0).flatten()
 
     def through(self, estimate: Estimate, obs: Obs, x: Tensor, i: int, n: int) -> tuple[Tensor, Tensor]:
         """The estimate at ``x`` and the slope there by ``x``, through the denoiser (``jacobian: full``)."""

@@ -75,12 +75,15 @@ class Learner:
 
     def update(self, steps: int, replay: Replay | None = None, also: Also | None = None) -> dict[str, float]:
         """``steps`` gradient steps of V, Q and the targets, then ``also``; returns the means of what they tell."""
-        sums, end = Sums(), self.step + steps
+        sums, end, block = Sums(), self.step + steps, []
         while self.step < end:
-            for batch in self._batches(min(BLOCK, end - self.step), replay):
+            block = self._batches(min(BLOCK, end - self.step), replay)
+            for batch in block:
                 set_lr(self.optimizer, warmup_cosine((self.step + 1) / self.total, **self.rate))
                 sums.add(self._step(batch) | (also(batch) if also else {}))
                 self.step += 1
+        if block:
+            self.critic.survey(*(torch.cat([batch[key] for batch in block]) for key in ("obs", "act")))
         return sums.means()
 
     def _batches(self, count: int, replay: Replay | None) -> list[TensorDict]:

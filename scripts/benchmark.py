@@ -70,7 +70,7 @@ def ranked(base: DiffusionPolicy, candidates: int) -> RankedActor:
 
 def guided(base: DiffusionPolicy) -> GuidedActor:
     critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2, gamma=0.99)
-    how = dict(scale=0.1, start=0, stop=None, limit=0.25, jacobian="identity", at="clean", candidates=1, value=None)
+    how = dict(scale=0.1, start=0, stop=None, limit=0.25, normalize="sample", jacobian="identity", at="clean", candidates=1, value=None)
     return GuidedActor(policy=base, critic=critic, energy=PlainValue, **how).eval()  # type: ignore[arg-type]
 
 

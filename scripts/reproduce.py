@@ -3,9 +3,10 @@
     python scripts/reproduce.py avoid                        # about 10 minutes on two cores
     python scripts/reproduce.py predict                      # after avoid: the other prediction targets
     python scripts/reproduce.py ways                         # after avoid: tuned with the regulariser
-    python scripts/reproduce.py online                       # after avoid: IDQL offline and online, guidance by a function, baselines
+    python scripts/reproduce.py online                       # after avoid: IDQL offline and online, guidance, baselines
     python scripts/reproduce.py hopper --data <folder>       # about 30 minutes
     python scripts/reproduce.py idql --data <folder>         # about 60 minutes
+    python scripts/reproduce.py asking --data <folder>       # policies that are asked for a return
 
 ``<folder>`` holds D4RL-layout files: hopper-medium.hdf5, hopper-medium-replay.hdf5, halfcheetah-medium.hdf5. A run that
 ended is not run again, and one that was interrupted goes on.
@@ -18,13 +19,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SEEDS = {"avoid": (0, 1, 2), "predict": (0, 1, 2), "ways": (0, 1, 2), "online": (0, 1, 2), "hopper": (0, 1), "idql": (0, 1, 2)}
+SEEDS = {
+    "avoid": (0, 1, 2),
+    "predict": (0, 1, 2),
+    "ways": (0, 1, 2),
+    "online": (0, 1, 2),
+    "hopper": (0, 1),
+    "idql": (0, 1, 2),
+    "asking": (0, 1, 2),
+}
 LOGGED = {"medium_replay": "hopper", "medium": "hopper", "halfcheetah_medium": "halfcheetah"}  # data: the task
 # a policy for ranking: five reverse steps of a small network, so that many candidates cost little
 SMALL = ("width=256", "policy.schedule.sample_steps=5", "train.steps=16000", "train.save_every=8000")
 GUIDED = ("num_envs=1", "evaluation.num_envs=50", "evaluation.episodes=50", "evaluation.final_episodes=100")
 MANY = "algo.actor.candidates=32"
+FEW = "algo.actor.candidates=4"  # that are guided
 ONLINE = (MANY, "num_envs=16", "algo.offline_steps=2000", "algo.online_steps=20000", "evaluation.every=6")
+ROLLOUTS = ("algo.critic=monte_carlo", "algo.actor.candidates=4", "name=guided_rollouts", "num_envs=16", "algo.offline_steps=5000")
 OFFLINE = ("num_envs=1", "evaluation.every=10", "evaluation.choose=last", "evaluation.num_envs=50", "evaluation.final_episodes=100")
 
 
@@ -54,11 +65,11 @@ def logged(folder: str, data: str, seed: int) -> None:
     path = f"data.path={Path(folder) / f'{task}-{name}.hdf5'.replace('_', '-')}"
     run("pretrain.py", task, f"bc_{name}", seed, path, f"name=bc_{name}", *SMALL)
     base = f"policy_from=runs/{task}-bc_{name}-{seed}"
-    run("finetune.py", task, f"idql_{name}", seed, "algo=idql", MANY, path, base, f"name=idql_{name}", *OFFLINE)
+    ranked = "algo.actor.candidates=8" if task == "halfcheetah" else MANY
+    run("finetune.py", task, f"idql_{name}", seed, "algo=idql", ranked, path, base, f"name=idql_{name}", *OFFLINE)
     guided = ["algo=guided", path, f"name=guided_{name}", base, f"algo.critic_from=runs/{task}-idql_{name}-{seed}", *GUIDED]
     run("finetune.py", task, f"guided_{name}", seed, *guided)
-    both = ["algo.actor.candidates=4", f"name=both_{name}"]
-    run("finetune.py", task, f"both_{name}", seed, *guided, *both)
+    run("finetune.py", task, f"both_{name}", seed, *guided, FEW, f"name=both_{name}")
     if seed and data == "medium":  # a sweep of long episodes takes longer than the training; its first seed shows the shape
         return
     many = (["candidates=1,2,4,8,16,32,64", "select=argmax"], ["candidates=8,32,64", "select=softmax", "temperature=0.03,0.1"])
@@ -71,6 +82,14 @@ def logged(folder: str, data: str, seed: int) -> None:
     shutil.copy(f"runs/{task}-idql_{name}-{seed}/sweep.json", ROOT / "results" / "sweeps" / f"{task}-idql_{name}-{seed}.json")
 
 
+def asking(folder: str, seed: int) -> None:
+    """A policy conditioned on the return, and what it does as more is asked for."""
+    path = f"data.path={Path(folder) / 'hopper-medium-replay.hdf5'}"
+    run("pretrain.py", "hopper", "bc_return", seed, path, "name=bc_return", "policy/condition=return", *SMALL)
+    program("scripts/sweep.py", f"runs/hopper-bc_return-{seed}", "condition.weight=0,1,1.5,2,3", "condition.target=0.7,0.9,1.1")
+    shutil.copy(f"runs/hopper-bc_return-{seed}/sweep.json", ROOT / "results" / "sweeps" / f"hopper-bc_return-{seed}.json")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=SEEDS, help="which pipelines")
@@ -79,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="these only")
     arguments = parser.parse_args()
     what, data = arguments.what, arguments.data
-    if what in ("hopper", "idql") and not data:
+    if what in ("hopper", "idql", "asking") and not data:
         parser.error(f"{what} wants --data <a folder of D4RL-layout HDF5 files>")
     (ROOT / "results" / "sweeps").mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds or SEEDS[what]:
@@ -89,12 +108,18 @@ def main() -> None:
         elif what == "idql":
             for file in arguments.files:
                 logged(data, file, seed)
+        elif what == "asking":
+            asking(data, seed)
         elif what == "predict":
             for target in ("noise", "v"):
                 run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
         elif what == "online":
             run("finetune.py", "avoid", "idql", seed, "algo=idql", *ONLINE)
             run("finetune.py", "avoid", "guided_clear", seed, "algo=guided_clear", "num_envs=1")
+            critic = f"algo.critic_from=runs/avoid-idql-{seed}"
+            run("finetune.py", "avoid", "guided", seed, "algo=guided", critic, "num_envs=1")
+            run("finetune.py", "avoid", "both", seed, "algo=guided", critic, FEW, "name=both", "num_envs=1")
+            run("finetune.py", "avoid", "guided_rollouts", seed, "algo=guided", *ROLLOUTS)
             for baseline, steps in (("sac", 100_000), ("ppo", 400_000)):
                 out = f"runs/avoid-{baseline}-{seed}"
                 if not Path(out, "result.json").is_file():

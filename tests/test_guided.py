@@ -20,14 +20,16 @@ from dprl.envs.collect import Collector
 from dprl.errors import UserError
 from dprl.guidance import GuidedActor
 from dprl.networks.critic import ChunkValue, NoisedValue, hidden
-from dprl.networks.slope import slope
+from dprl.networks.slope import slopes
 from dprl.schedule import Schedule
 
 ENERGY = partial(NoisedValue, **NET, time_size=8)
 
 
 def guided(policy, **changes) -> GuidedActor:
-    settings = dict(scale=0.1, start=0, stop=None, limit=10.0, jacobian="identity", at="clean", candidates=1, value=None)
+    settings = dict(
+        scale=0.1, start=0, stop=None, limit=10.0, normalize="sample", jacobian="identity", at="clean", candidates=1, value=None
+    )
     return GuidedActor(policy=policy, **(dict(critic=CRITIC, energy=ENERGY) | settings | changes))
 
 
@@ -184,26 +186,42 @@ def test_all_candidates_of_all_environments_in_one_call():
     assert calls == [15] * 8
 
 
-def spied(actor) -> tuple[list[int], list[int]]:
-    """The members of the actor's critic, by number, as they are asked for slopes and for values."""
-    slopes, asked = [], []
-    for e, q in enumerate(actor.critic.target):
-        inner, outer = q.slope, q.forward
-        q.slope = lambda cond, act, e=e, inner=inner: slopes.append(e) or inner(cond, act)
-        q.forward = lambda cond, act, e=e, outer=outer: asked.append(e) or outer(cond, act)
-    return slopes, asked
+def test_the_member_that_ranks_does_not_guide():
+    """Broken members must be heard where they are asked, and only there."""
+    obs = torch.randn(2, 1, 1)
+    for broken, candidates, heard in ((1, 1, True), (0, 4, True), (1, 4, False)):
+        actor = guided(diffusion(), candidates=candidates)
+        with torch.no_grad():
+            actor.critic.target[broken].chunk.weight.fill_(torch.nan)
+        if heard:
+            with pytest.raises(UserError, match="not finite"):
+                actor.candidates(obs, candidates)
+        else:
+            assert bool(torch.isfinite(actor.candidates(obs, candidates)).all())
+            assert bool(actor.critic.values(obs, actor.policy.candidates(obs, candidates))[-1].isnan().all())
 
 
-def test_members_guide_in_turn_and_the_one_that_ranks_does_not():
-    alone = guided(diffusion())
-    slopes, _ = spied(alone)
-    alone(torch.randn(2, 1, 1))
-    assert slopes == [0, 1] * 4
-    chosen = guided(diffusion(), candidates=4)
-    slopes, asked = spied(chosen)
-    chosen(torch.randn(2, 1, 1))
-    assert slopes == [0] * 8
-    assert 1 in asked
+def test_slopes_over_the_datas_mean_leave_flat_places_alone():
+    policy = toy([0.0], 0.5, steps=10)
+    actor, obs = guided(policy, normalize="data", start=9, scale=0.1), torch.zeros(3, 1, 1)
+    steep = torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
+    actor.critic.steepness.fill_(2.0)
+    actor.critic.slope = lambda obs, members: lambda act: steep.unsqueeze(1)
+    moved = plain(actor, obs) - plain(policy, obs)
+    torch.testing.assert_close(moved, 0.2 * steep / 2.0, atol=1e-5, rtol=0)
+    actor.limit = 0.05
+    torch.testing.assert_close(plain(actor, obs) - plain(policy, obs), (0.2 * steep / 2.0).clamp(max=0.1), atol=1e-5, rtol=0)
+
+
+def test_learning_surveys_the_steepness():
+    algo = algorithm(diffusion())
+    run(algo)
+    critic, data = algo.actor.critic, algo.learner.data
+    seen = data.sample(2000)
+    at = critic.act_norm(seen["act"])[:, None].requires_grad_()
+    q = torch.stack([net(cond, at) for net, cond in zip(critic.target, critic.encode(seen["obs"]), strict=True)]).mean(0)
+    (slope,) = torch.autograd.grad(q.sum(), at)
+    assert float(critic.steepness) == pytest.approx(float(slope.flatten(1).norm(dim=1).mean()), rel=0.1)
 
 
 @pytest.mark.parametrize("obs_steps", [1, 2])
@@ -212,30 +230,33 @@ def test_the_closed_form_slope_is_autograds(obs_steps):
     policy.fit_normalizers(torch.randn(50, 2), 3 * torch.randn(50, 2))
     actor = guided(policy)
     obs, x0 = torch.randn(5, obs_steps, 2), torch.randn(10, 6, 2)
-    for i in (0, 1):
-        at = x0.clone().requires_grad_()
-        (expected,) = torch.autograd.grad(actor.rise(obs, 2)(at, i).sum(), at)
-        torch.testing.assert_close(actor.slopes(obs, 2)(x0, i), expected)
+    at = x0.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(actor.rise(obs, 2)(at, 0).sum(), at)
+    torch.testing.assert_close(actor.slopes(obs, 2)(x0, 0), expected)
 
 
 @pytest.mark.parametrize("activation", ["ReLU", "SiLU", "Mish", "GELU"])
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_every_rule_of_the_slope(activation, layer_norm):
-    net = hidden(8, 3, activation, layer_norm).double()
-    x = torch.randn(4, 2, 8, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(slope(net, x.detach()), torch.autograd.grad(net(x).sum(), x)[0])
+    nets = [hidden(8, 3, activation, layer_norm).double() for _ in range(2)]
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    for net in nets:
+        for parameter in net.parameters():
+            nn.init.normal_(parameter)
+    (expected,) = torch.autograd.grad(sum(net(part).sum() for net, part in zip(nets, x, strict=True)), x)
+    torch.testing.assert_close(slopes(nets)(x.detach()), expected)
 
 
 def test_a_critic_without_a_closed_form_guides_by_autograd():
     class Plain(ChunkValue):
-        slope = property()  # type: ignore[assignment]  as if it had none
+        slopes = property()  # type: ignore[assignment]  as if it had none
 
     policy, obs = diffusion().eval(), torch.randn(3, 1, 1)
     torch.manual_seed(5)
     closed = guided(policy)
     torch.manual_seed(5)
     plain_q = guided(policy, critic=partial(CRITIC, q=partial(Plain, **NET)))
-    assert not hasattr(plain_q.critic.target[0], "slope")
+    assert not hasattr(plain_q.critic.target[0], "slopes")
     torch.testing.assert_close(plain(closed, obs), plain(plain_q, obs))
 
 
@@ -399,6 +420,8 @@ def test_a_function_that_cannot_guide_is_named(value, message):
         (dict(actor=dict(stop=99)), r"start and stop name no steps"),
         (dict(actor=dict(jacobian="half")), r"jacobian is unknown"),
         (dict(actor=dict(at="noise")), r"at is unknown"),
+        (dict(actor=dict(normalize="all")), r"normalize is unknown"),
+        (dict(actor=dict(normalize="data", jacobian="full")), r"normalize=data is for the slope of a critic"),
         (dict(actor=dict(candidates=0)), r"candidates is too small"),
         (dict(actor=dict(value=right, candidates=2)), r"a function guides by itself"),
     ],

@@ -1,7 +1,9 @@
 """Critics. They read observations that the policy's normaliser has already scaled."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dprl.networks import slope
@@ -71,11 +73,21 @@ class ChunkValue(nn.Module):
         """``act`` [N, n, Ta, A], n chunks for each ``cond`` [N, W]: [N, n]."""
         return self.rest(self.chunk(act.flatten(2)) + cond[:, None]).squeeze(-1)
 
-    def slope(self, cond: Tensor, act: Tensor) -> Tensor:
-        """dQ / d act, without autograd: [N, n, Ta, A]."""
-        hidden, last = self.rest
-        g = slope.slope([*hidden, last], self.chunk(act.flatten(2)) + cond[:, None])  # type: ignore[misc]
-        return (g @ self.chunk.weight).view_as(act)
+    @staticmethod
+    def slopes(members: "Sequence[ChunkValue]", conds: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """dQ / d act by each of E ``members`` of one shape, without autograd, as a function of ``act`` [N, n, Ta, A]: [E, N, n, Ta, A].
+
+        ``conds`` [N, W] are what each made of the observation.
+        """
+        rest = slope.slopes([[*q.rest[0], q.rest[1]] for q in members])  # type: ignore[misc]
+        weight, cond = torch.stack([q.chunk.weight for q in members]), torch.stack(list(conds))  # [E, W, Ta A], [E, N, W]
+
+        def of(act: Tensor) -> Tensor:
+            rows = act.flatten(2).flatten(0, 1).expand(len(members), -1, -1)  # [E, N n, Ta A]
+            seen = cond if act.shape[1] == 1 else cond.repeat_interleave(act.shape[1], 1)
+            return torch.bmm(rest(torch.baddbmm(seen, rows, weight.mT)), weight).view(-1, *act.shape)
+
+        return of
 
 
 class NoisedValue(nn.Module):

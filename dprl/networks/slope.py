@@ -1,30 +1,47 @@
-"""The gradient of a stack of layers by its input, in closed form. For a small network and few rows autograd's bookkeeping takes
-longer than the arithmetic, and guidance wants a gradient every reverse step."""
+"""The gradient of small networks by their input, in closed form. For few rows autograd's bookkeeping takes longer than the
+arithmetic, and guidance wants a gradient every reverse step; several networks of one shape are gone through together.
 
-from collections.abc import Callable, Iterable
+Letters: E networks, R rows, W width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 aten = torch.ops.aten
 Pullback = Callable[[Tensor], Tensor]  # from the gradient by what a layer says to the gradient by what it was told
+Layer = Callable[[Tensor], tuple[Tensor, Pullback]]  # x [E, R, W] -> what the E layers make of it, and its pullback
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pullback]:
-    return layer(x), lambda g: g @ layer.weight
+def _stack(layers: Sequence[Any], name: str) -> Tensor:
+    return torch.stack([getattr(layer, name) for layer in layers])
 
 
-def _norm(layer: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Pullback]:
-    shape, weight, bias = layer.normalized_shape, layer.weight, layer.bias
-    y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, layer.eps)
-    return y, lambda g: aten.native_layer_norm_backward(g, x, shape, mean, rstd, weight, bias, [True, False, False])[0]
+def _linear(layers: Sequence[nn.Linear]) -> Layer:
+    weight, bias = _stack(layers, "weight"), _stack(layers, "bias")[:, None]
+    return lambda x: (torch.baddbmm(bias, x, weight.mT), lambda g: torch.bmm(g, weight))
 
 
-def _elementwise(backward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], tuple[Tensor, Pullback]]:
-    return lambda layer, x: (layer(x), lambda g: backward(g, x))
+def _norm(layers: Sequence[nn.LayerNorm]) -> Layer:
+    shape, eps = layers[0].normalized_shape, layers[0].eps
+    weight, bias = _stack(layers, "weight")[:, None], _stack(layers, "bias")[:, None]
+
+    def through(x: Tensor) -> tuple[Tensor, Pullback]:
+        y, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+        mask = [True, False, False]
+        back = aten.native_layer_norm_backward
+        return torch.addcmul(bias, y, weight), lambda g: back(g * weight, x, shape, mean, rstd, None, None, mask)[0]
+
+    return through
 
 
-RULES: dict[type[nn.Module], Callable] = {
+def _elementwise(backward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Sequence[nn.Module]], Layer]:
+    return lambda layers: lambda x: (layers[0](x), lambda g: backward(g, x))
+
+
+RULES: dict[type[nn.Module], Callable[[Sequence[Any]], Layer]] = {
     nn.Linear: _linear,
     nn.LayerNorm: _norm,
     nn.ReLU: _elementwise(lambda g, x: aten.threshold_backward(g, x, 0)),
@@ -34,14 +51,21 @@ RULES: dict[type[nn.Module], Callable] = {
 }
 
 
-@torch.no_grad()
-def slope(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """d(sum of what the ``layers`` make of ``x``) / dx, shaped as ``x``. Raises ``KeyError`` for a layer without a rule."""
-    pullbacks = []
-    for layer in layers:
-        x, pullback = RULES[type(layer)](layer, x)
-        pullbacks.append(pullback)
-    g = torch.ones_like(x)
-    for pullback in reversed(pullbacks):
-        g = pullback(g)
-    return g
+def slopes(networks: Sequence[Sequence[nn.Module]]) -> Callable[[Tensor], Tensor]:
+    """d(sum of what each of E ``networks``, lists of layers, makes of its x) / dx, as a function of x [E, R, W].
+
+    Weights are taken as they are now. Raises ``KeyError`` for a kind of layer that has no rule.
+    """
+    layers = [RULES[type(same[0])](same) for same in zip(*networks, strict=True)]
+
+    def slope(x: Tensor) -> Tensor:
+        pullbacks = []
+        for layer in layers:
+            x, pullback = layer(x)
+            pullbacks.append(pullback)
+        g = torch.ones_like(x)
+        for pullback in reversed(pullbacks):
+            g = pullback(g)
+        return g
+
+    return slope

@@ -134,6 +134,35 @@ def _sweeps() -> dict[str, list[list[dict[str, Any]]]]:
     return dict(sorted(out.items()))
 
 
+def swept_table(name: str) -> str:
+    """A sweep of one run: its settings, and what came of them."""
+    rows = read_json(ROOT / "results" / "sweeps" / f"{name}.json")["rows"]
+    keys = list(rows[0]["settings"])
+    return markdown(
+        [[*(str(row["settings"][key]) for key in keys), measure(row), str(row["n"])] for row in rows],
+        [*keys, "return, 95 % CI", "episodes"],
+    )
+
+
+def asking_table() -> str:
+    """Return against what a conditioned policy was asked for, a line a target, a column a weight: the mean over seeds."""
+    runs = [read_json(path)["rows"] for path in sorted((ROOT / "results" / "sweeps").glob("hopper-bc_return-*.json"))]
+    weights = sorted({row["settings"]["condition.weight"] for rows in runs for row in rows})
+    lines = []
+    for target in sorted({row["settings"]["condition.target"] for rows in runs for row in rows}):
+        cells = []
+        for weight in weights:
+            of = [
+                row["return"]
+                for rows in runs
+                for row in rows
+                if (row["settings"]["condition.target"], row["settings"]["condition.weight"]) == (target, weight)
+            ]
+            cells.append(f"{sum(of) / len(of):.0f} ({min(of):.0f}-{max(of):.0f})" if of else "")
+        lines.append([f"{target:g}", *cells])
+    return markdown(lines, ["target", *(f"weight {weight:g}" for weight in weights)])
+
+
 def main_table(groups: dict, algos: Iterable[str]) -> str:
     """A row a run: BC, tuned, and the budget."""
     rows = []
@@ -204,7 +233,7 @@ def main() -> None:
     groups = load()
     tables = {
         "README.md": {"results": main_table(groups, ("mse", "dppo"))},
-        "docs/cloning.md": {"results": cloning_table(groups)},
+        "docs/cloning.md": {"results": cloning_table(groups), "looking": swept_table("halfcheetah-bc_medium-0")},
         "docs/idql.md": {
             "results": offline_table(groups),
             "candidates": sweep_table(),
@@ -213,6 +242,7 @@ def main() -> None:
         "docs/guided.md": {
             "results": guided_table(groups),
             "function": main_table(groups, ("guided_clear",)),
+            "asking": asking_table(),
             "ways": ways_table(groups, "guided"),
         },
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},

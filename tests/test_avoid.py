@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 import dprl.envs  # noqa: F401
-from dprl.envs.avoid import EFFECTOR, FINISH, MAX_STEP, OBSTACLES, clearance
+from dprl.envs.avoid import EFFECTOR, FINISH, MAX_STEP, OBSTACLES, clearance, route
 from dprl.envs.avoid_expert import WAYS, Expert
 
 
@@ -21,6 +21,16 @@ def run(env, actions, seed=0):
         if terminated or truncated:
             break
     return obs, rew, terminated, truncated, info
+
+
+def test_routes_by_hand():
+    left = np.array([[0.45, -0.28], [0.45, 0.0], [0.40, 0.10], [0.30, 0.30]])  # left of all
+    assert route(left) == 0
+    right = np.array([[0.55, -0.28], [0.55, 0.0], [0.60, 0.10], [0.70, 0.30]])
+    assert route(right) == 23
+    assert route(left[:2]) == -1
+    back = np.array([[0.45, -0.28], [0.45, 0.0], [0.55, -0.2], [0.55, 0.0], [0.40, 0.10], [0.30, 0.30]])  # the last crossing counts
+    assert route(back) == 12
 
 
 def test_contact_is_failure():

@@ -238,7 +238,7 @@ def test_the_closed_form_slope_is_autograds(obs_steps):
 @pytest.mark.parametrize("activation", ["ReLU", "SiLU", "Mish", "GELU"])
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_every_rule_of_the_slope(activation, layer_norm):
-    nets = [hidden(8, 3, activation, layer_norm).double() for _ in range(2)]
+    nets = [nn.Sequential(*hidden(8, 3, activation, layer_norm), nn.Linear(8, 1)).double() for _ in range(2)]
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     for net in nets:
         for parameter in net.parameters():

@@ -32,6 +32,17 @@ def clearance(xy: np.ndarray) -> np.ndarray:
     return gap.min(-1) - EFFECTOR
 
 
+def route(path: np.ndarray) -> int:
+    """The way that ``path`` [L, 2] takes through the field, 0..23 for 2 x 3 x 4 gaps; -1 if it does not cross every row."""
+    way = 0
+    for y, obstacles in ROWS:
+        crossed = np.flatnonzero((path[:-1, 1] < y) & (path[1:, 1] >= y))
+        if not len(crossed):
+            return -1
+        way = way * (len(obstacles) + 1) + int(np.sum(path[crossed[-1] + 1, 0] > np.array(obstacles)))
+    return way
+
+
 def circles() -> list[list[float]]:
     """The obstacles: x, y, radius of each."""
     return OBSTACLES.tolist()
@@ -57,7 +68,7 @@ class AvoidEnv(MujocoEnv):
             height=height,
         )
         self.command = START.copy()
-        self.gaps = [-1, -1, -1]
+        self.path: list[np.ndarray] = []  # where the effector has been
 
     def _set_action_space(self):
         self.action_space = spaces.Box(-MAX_STEP, MAX_STEP, (2,), np.float32)
@@ -65,33 +76,24 @@ class AvoidEnv(MujocoEnv):
 
     def reset_model(self) -> np.ndarray:
         self.command = START + self.np_random.uniform(-JITTER, JITTER)
-        self.gaps = [-1, -1, -1]
         self.set_state(self.command.copy(), np.zeros(2))
+        self.path = [self.data.qpos.copy()]
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         move = np.clip(action, -MAX_STEP, MAX_STEP)
         self.command = np.clip(self.command + move, *self.model.actuator_ctrlrange.T)
         self.data.ctrl[:] = self.command
-        before = self.data.qpos[1]
         contact = False
         for _ in range(self.frame_skip):  # looked at after every physics step: a graze must not be missed
             mujoco.mj_step(self.model, self.data)  # type: ignore[attr-defined]
             contact = contact or self.data.ncon > 0
-        x, y = self.data.qpos
-        for row, (level, obstacles) in enumerate(ROWS):
-            if before < level <= y:
-                self.gaps[row] = sum(x > obstacle for obstacle in obstacles)
-        success = bool(y > FINISH and not contact)
-        info = {"success": success, "route": self.route if success else -1}
+        self.path.append(self.data.qpos.copy())
+        success = bool(self.data.qpos[1] > FINISH and not contact)
+        info = {"success": success, "route": route(np.array(self.path)) if success else -1}
         if self.render_mode == "human":
             self.render()
         return self._observe(), float(success), success or contact, False, info
-
-    @property
-    def route(self) -> int:
-        first, second, third = self.gaps
-        return (first * 3 + second) * 4 + third
 
     def _observe(self) -> np.ndarray:
         return np.concatenate([self.command, self.data.qpos])

@@ -52,18 +52,19 @@ RULES: dict[type[nn.Module], Callable[[Sequence[Any]], Layer]] = {
 
 
 def slopes(networks: Sequence[Sequence[nn.Module]]) -> Callable[[Tensor], Tensor]:
-    """d(sum of what each of E ``networks``, lists of layers, makes of its x) / dx, as a function of x [E, R, W].
+    """d(what each of E ``networks``, lists of layers that end in a linear one of one output, makes of its x) / dx, as a
+    function of x [E, R, W].
 
     Weights are taken as they are now. Raises ``KeyError`` for a kind of layer that has no rule.
     """
-    layers = [RULES[type(same[0])](same) for same in zip(*networks, strict=True)]
+    *layers, last = zip(*networks, strict=True)
+    hidden, start = [RULES[type(same[0])](same) for same in layers], _stack(last, "weight")  # [E, 1, W]
 
     def slope(x: Tensor) -> Tensor:
-        pullbacks = []
-        for layer in layers:
+        g, pullbacks = start.expand(-1, x.shape[1], -1), []
+        for layer in hidden:
             x, pullback = layer(x)
             pullbacks.append(pullback)
-        g = torch.ones_like(x)
         for pullback in reversed(pullbacks):
             g = pullback(g)
         return g

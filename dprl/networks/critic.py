@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dprl.networks import slope
-from dprl.networks.mlp import sinusoid, trunk
+from dprl.networks.inputs import sinusoid
+from dprl.networks.mlp import trunk
 
 
 class StateValue(nn.Module):

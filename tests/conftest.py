@@ -49,18 +49,34 @@ def diffusion(
     """A small diffusion policy."""
     settings = dict(kind="cosine", steps=8, sample_steps=None, eta=1.0, predict="clean", width=32, layers=3, clip=1.0) | changes
     return DiffusionPolicy(
-        denoiser=partial(MLPDenoiser, width=settings["width"], layers=settings["layers"], activation="ReLU", time_size=8),
+        denoiser=changes.get("denoiser")
+        or partial(MLPDenoiser, width=settings["width"], layers=settings["layers"], activation="ReLU", time_size=8),
         schedule=partial(Schedule, **{key: settings[key] for key in ("kind", "steps", "sample_steps", "eta")}),
         predict=settings["predict"],
         clip=settings["clip"],
         condition=changes.get("condition"),
-        obs_shape=[obs_dim],
+        obs_shape=changes.get("obs_shape", [obs_dim]),
         act_dim=act_dim,
         horizon=horizon,
         act_steps=act_steps or horizon - obs_steps + 1,
         obs_steps=obs_steps,
         obs_limit=None,
     )
+
+
+def train(policy, obs, act, *, steps: int, lr: float = 2e-3, batch: int = 256):
+    """Clones ``obs`` [M, To, ...], ``act`` [M, H, A] into ``policy``."""
+    mask = torch.ones(act.shape[:2], dtype=torch.bool)
+    policy.fit_normalizers(obs.flatten(0, 1), act.flatten(0, 1))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+    policy.train()
+    for _ in range(steps):
+        rows = torch.randint(len(obs), (batch,))
+        loss = policy.loss(obs[rows], act[rows], mask[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy.eval()
 
 
 LEARNING: dict[str, Any] = dict(  # what every algorithm with a learned critic is told, small

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import diffusion
+from conftest import diffusion, train
 
 from dprl.errors import UserError
 from dprl.policy import masked_mse
@@ -78,19 +78,6 @@ def test_what_the_mask_hides_costs_nothing():
     torch.testing.assert_close(masked_mse(pred, target, mask), masked_mse(pred, changed, mask))
     torch.testing.assert_close(masked_mse(pred, target, mask), (pred - target)[:, :2].square().mean())
     assert torch.isfinite(policy.loss(obs, act, torch.zeros_like(mask)))
-
-
-def train(policy, obs, act, *, steps: int, lr: float = 2e-3):
-    mask = torch.ones(act.shape[:2], dtype=torch.bool)
-    policy.fit_normalizers(obs.flatten(0, 1), act.flatten(0, 1))
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    for _ in range(steps):
-        rows = torch.randint(len(obs), (256,))
-        loss = policy.loss(obs[rows], act[rows], mask[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return policy.eval()
 
 
 @pytest.mark.parametrize("predict", ["noise", "clean", "v"])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dprl.networks import slope
-from dprl.networks.mlp import sinusoid, trunk
+from dprl.networks.inputs import sinusoid
+from dprl.networks.mlp import trunk
 
 
 class StateValue(nn.Module):

@@ -3,10 +3,9 @@
 Letters: N batch, H horizon, A action dim, To observed steps, O observation dim, K noise levels, W width.
 """
 
-import math
-
-import torch
 from torch import Tensor, nn
+
+from dprl.networks.inputs import by_level, sinusoid, vector
 
 
 class Residual(nn.Module):
@@ -27,13 +26,6 @@ def trunk(width: int, layers: int, activation: str) -> nn.Sequential:
         raise ValueError(f"layers is {layers}; expected an odd number: one input layer and two a residual block")
     blocks = [Residual(width, activation) for _ in range((layers - 1) // 2)]
     return nn.Sequential(*blocks, getattr(nn, activation)())
-
-
-def sinusoid(steps: int, size: int) -> Tensor:
-    """Sines and cosines of 0 .. steps-1 at geometric frequencies, [steps, size] (Vaswani et al., 2017)."""
-    frequency = torch.exp(-math.log(10_000) / (size // 2 - 1) * torch.arange(size // 2))
-    angle = torch.arange(steps)[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class MLPDenoiser(nn.Module):
@@ -66,7 +58,7 @@ class MLPDenoiser(nn.Module):
             nn.Linear(2 * time_size, time_size),
             nn.Linear(time_size, width, bias=False),
         )
-        self.obs = nn.Linear(obs_steps * obs_shape[-1], width)
+        self.obs = nn.Linear(obs_steps * vector(obs_shape), width)
         self.chunk = nn.Linear(horizon * act_dim, width, bias=False)
         self.trunk = trunk(width, layers, activation)
         self.out = nn.Linear(width, horizon * act_dim)
@@ -75,7 +67,5 @@ class MLPDenoiser(nn.Module):
         return self.obs(obs.flatten(1))  # [N, To, O] -> [N, W]
 
     def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
-        # not [k]: the gradient of an index adds up in another order each time when there are several threads
-        level = self.time(self.table[k]) if k.dim() == 0 else nn.functional.embedding(k, self.time(self.table))  # [W] or [N, W]
-        h = self.chunk(x.flatten(1)) + cond + level  # [N, W]
+        h = self.chunk(x.flatten(1)) + cond + by_level(self.time, self.table, k)  # [N, W]
         return self.out(self.trunk(h)).view_as(x)  # [N, H, A]

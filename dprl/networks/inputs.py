@@ -1,0 +1,40 @@
+"""What a denoiser is told besides the chunk: the noise level, and the observation.
+
+Letters: N batch, K noise levels.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from dprl.errors import found
+
+
+def sinusoid(steps: int, size: int) -> Tensor:
+    """Sines and cosines of 0 .. steps-1 at geometric frequencies, [steps, size] (Vaswani et al., 2017)."""
+    if size < 4 or size % 2:
+        raise found("an embedding by sines and cosines has no such size", "an even number, 4 or more", size, "another size")
+    frequency = torch.exp(-math.log(10_000) / (size // 2 - 1) * torch.arange(size // 2))
+    angle = torch.arange(steps)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def by_level(net: Callable[[Tensor], Tensor], table: Tensor, k: Tensor) -> Tensor:
+    """What ``net`` makes of the levels ``k`` in ``table`` [K, size]: [...] of one level for all rows, or [N, ...] of one a row.
+
+    Of many, ``net`` sees each of the K levels once, and never a row twice.
+    """
+    # not [k]: the gradient of an index adds up in another order each time when there are several threads
+    return net(embedding(k, table)) if k.dim() == 0 else embedding(k, net(table))
+
+
+def vector(obs_shape: Any) -> int:
+    """The size of an observation that is a vector; a ``UserError`` for any other."""
+    if not isinstance(obs_shape, list) or len(obs_shape) != 1:
+        fix = "policy=unet_image_small, or policy/denoiser=seeing with another denoiser inside"
+        raise found("this denoiser reads vectors", "an observation [size]", obs_shape, fix)
+    return obs_shape[0]

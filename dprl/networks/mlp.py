@@ -4,9 +4,23 @@ Letters: N batch, H horizon, A action dim, To observed steps, O observation dim,
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dprl.errors import found
+
+
+def vector_size(obs_shape: Any, reader: str) -> int:
+    """How many numbers an observation is, or a ``UserError``: ``reader`` reads a vector, no images and no dictionary."""
+    if isinstance(obs_shape, Mapping) or len(obs_shape) != 1:
+        fix = "a policy=... that reads it, or a task=... that observes a vector"
+        raise found(
+            f"{reader} reads a vector", "an observation [size]", dict(obs_shape) if isinstance(obs_shape, Mapping) else obs_shape, fix
+        )
+    return obs_shape[0]
 
 
 class Residual(nn.Module):
@@ -66,7 +80,7 @@ class MLPDenoiser(nn.Module):
             nn.Linear(2 * time_size, time_size),
             nn.Linear(time_size, width, bias=False),
         )
-        self.obs = nn.Linear(obs_steps * obs_shape[-1], width)
+        self.obs = nn.Linear(obs_steps * vector_size(obs_shape, type(self).__name__), width)
         self.chunk = nn.Linear(horizon * act_dim, width, bias=False)
         self.trunk = trunk(width, layers, activation)
         self.out = nn.Linear(width, horizon * act_dim)

@@ -21,7 +21,7 @@ from dprl.policy import ChunkPolicy
 class Cloner:
     """A policy, its optimizer and its average, trained on windows of episodes.
 
-    ``settings``: steps batch lr lr_final warmup weight_decay max_grad_norm ema.
+    ``settings``: steps batch lr lr_final warmup weight_decay max_grad_norm ema padding.
     """
 
     def __init__(self, policy: ChunkPolicy, episodes: Episodes, *, settings: DictConfig, seed: int, device: torch.device):
@@ -38,8 +38,9 @@ class Cloner:
 
     def windows_of(self, episodes: Episodes) -> Windows:
         """Windows as the policy wants them, with its labels if it has any."""
-        sizes = dict(obs_steps=self.policy.obs_steps, horizon=self.policy.horizon)
-        return Windows(episodes, **sizes, labels=self.policy.labels(episodes), device=self.device)
+        sizes = dict(obs_steps=self.policy.obs_steps, horizon=self.policy.horizon, act_steps=self.policy.act_steps)
+        labels = self.policy.labels(episodes)
+        return Windows(episodes, **sizes, padding=self.s.padding, labels=labels, device=self.device)
 
     @property
     def averaged(self) -> nn.Module:
@@ -104,10 +105,12 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     sizes = {"obs_shape": episodes.obs_shape, "act_dim": episodes.act.shape[-1]}
     node: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"policy": sizes}).policy, resolve=True)
     kept, held = episodes.split(cfg.train.validation, cfg.seed)
+    del episodes  # with images it is large, and split into a copy
     policy: ChunkPolicy = setup.construct(node, "policy").to(device)
     envs, modes = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs), setup.modes(cfg)
-    check_sizes(envs, episodes)
-    check_actions(envs, episodes)
+    for part in (kept, *([held] if held else [])):
+        check_sizes(envs, part)
+        check_actions(envs, part)
     cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
     held_windows = cloner.windows_of(held) if held else None
     logger = setup.logger(cfg)
@@ -121,13 +124,13 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
         logger(run=folder, config=run.plain(cfg), step=planned.step),
         total=cfg.train.steps,
         unit="step",
-        shown=("loss", "validation/loss", "evaluation/success", "evaluation/return"),
+        shown=("loss", "validation/loss", *(f"evaluation/{key}" for key in ("success", "return", *envs.metrics))),
         step=planned.step,
         done=cloner.step,
         seconds=trainer.get("seconds", 0.0),
     )
     parameters = sum(p.numel() for p in policy.parameters())
-    print(f"{len(kept)} episodes, {len(cloner.windows)} steps from {episodes.source}; {parameters:,} parameters, {device}")
+    print(f"{len(kept)} episodes, {len(kept.act)} steps from {kept.source}; {parameters:,} parameters, {device}")
     log_every, save_every, total = cfg.train.log_every, cfg.train.save_every, cfg.train.steps
     seeds = range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)
     while cloner.step < total:

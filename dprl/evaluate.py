@@ -33,6 +33,7 @@ class Evaluation:
     traces: list[np.ndarray] = field(default_factory=list)  # [length, O] each
     values: np.ndarray | None = None  # what the actor predicted for its first chunk, if it predicts
     discounted: np.ndarray | None = None  # and the discounted return, of the configured reward, that came
+    measures: dict[str, np.ndarray] = field(default_factory=dict)  # what the task measures besides (task.env.metrics)
 
     def score(self) -> float:
         """What a best checkpoint is chosen by: success, ties by return; or return alone."""
@@ -48,12 +49,12 @@ class Evaluation:
         return 1 + self.modes(key)["entropy"] if rate >= floor else rate
 
     def metrics(self, prefix: str, *, intervals: bool = False) -> dict[str, float]:
-        """For the log; with ``intervals``, the ends of the 95 % intervals of success and return too."""
+        """For the log; with ``intervals``, the ends of the 95 % intervals of success, return and measures too."""
         s = self.summary()
-        keys = [key for key in ("return", "length", "success", "value", "discounted") if s.get(key) is not None]
+        keys = [key for key in ("return", "length", "success", "value", "discounted", *self.measures) if s.get(key) is not None]
         out = {f"{prefix}/{key}": float(s[key]) for key in keys}
         if intervals:
-            for key in ("success", "return"):
+            for key in ("success", "return", *self.measures):
                 if key in keys:
                     out |= {f"{prefix}/{key}_{side}": end for side, end in zip(("low", "high"), s[f"{key}_ci95"], strict=True)}
         return out
@@ -62,10 +63,12 @@ class Evaluation:
         """One line for the terminal."""
         s = self.summary()
         rate = "" if s["success"] is None else "success {:.3f} [{:.3f}, {:.3f}], ".format(s["success"], *s["success_ci95"])
-        return rate + "return {:.4g} [{:.4g}, {:.4g}], {} episodes".format(s["return"], *s["return_ci95"], s["n"])
+        rest = "".join(", {} {:.4g} [{:.4g}, {:.4g}]".format(key, s[key], *s[f"{key}_ci95"]) for key in self.measures)
+        return rate + "return {:.4g} [{:.4g}, {:.4g}]{}, {} episodes".format(s["return"], *s["return_ci95"], rest, s["n"])
 
     def summary(self, modes: str | None = None) -> dict[str, Any]:
-        """``success success_ci95 return return_ci95 return_std length n``, and ``modes`` told apart by that info key."""
+        """``success success_ci95 return return_ci95 return_std length n``, each measure and its ``_ci95``, and ``modes`` told
+        apart by that info key."""
         rate = None if self.success is None else float(self.success.mean())
         return {
             "success": rate,
@@ -77,6 +80,8 @@ class Evaluation:
             "n": len(self.seeds),
             **({} if self.values is None else {"value": float(self.values.mean())}),
             **({} if self.discounted is None else {"discounted": float(self.discounted.mean())}),
+            **{key: float(values.mean()) for key, values in self.measures.items()},
+            **{f"{key}_ci95": bootstrap(values) for key, values in self.measures.items()},
         } | ({} if modes is None else {"modes": self.modes(modes)})
 
     def modes(self, key: str) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
     n, total = envs.num_envs, len(seeds)
     episode = np.arange(n)  # [N] which episode each environment runs; past the last it rests
     returns, lengths, success = np.zeros(total), np.zeros(total, int), np.zeros(total, bool)
-    info = {key: np.full(total, np.nan) for key in envs.info_keys}
+    info = {key: np.full(total, np.nan) for key in (*envs.info_keys, *envs.metrics)}
     values: np.ndarray | None = None
     gamma = getattr(actor, "discount", None)  # an actor that predicts returns says what it discounts them by
     discounted, powers = (None, 0.0) if gamma is None else (np.zeros(total), gamma ** np.arange(envs.act_steps))
@@ -156,7 +161,8 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
         if again.any():
             obs = envs.reset(seeds=[seeds[e] if a else None for e, a in zip(episode, again, strict=True)], mask=again)
     traces = [np.concatenate(part) for part in pieces] if pieces[0] else []
-    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces, values, discounted)
+    measures = {key: info[key] for key in envs.metrics}
+    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces, values, discounted, measures)
 
 
 def wilson(successes: int, n: int) -> list[float]:

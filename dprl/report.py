@@ -11,6 +11,7 @@ from dprl.files import replacing
 
 Draw = Callable[[Any, Evaluation], None]  # a matplotlib axis and what to draw on it
 SOLVED, FAILED = "#1f6fb4", "#d1495b"
+SIDES = ("bc", "tuned")  # a run's result holds a cloned policy, a tuned one, or both
 
 
 def interval(value: float | None, ci: Sequence[float] | None, *, scale: float = 1.0, digits: int = 1) -> str:
@@ -27,13 +28,20 @@ def measure(side: dict[str, Any]) -> str:
     return interval(side["return"], side["return_ci95"], digits=0)
 
 
-def side_row(name: str, side: dict[str, Any], *, env_steps: int | None, seconds: float | None) -> list[str]:
-    """A policy's row: name, success in per cent, return, ways, episodes, env steps, minutes."""
+def measures(result: dict[str, Any]) -> list[str]:
+    """What the task of a run measures besides success and return."""
+    told = [key.removesuffix("_ci95") for side in SIDES if side in result for key in result[side] if key.endswith("_ci95")]
+    return [key for key in dict.fromkeys(told) if key not in ("success", "return")]
+
+
+def side_row(name: str, side: dict[str, Any], *, env_steps: int | None, seconds: float | None, measured: Sequence[str] = ()) -> list[str]:
+    """A policy's row: name, success in per cent, return, those ``measured``, ways, episodes, env steps, minutes."""
     digits = 2 if abs(side["return"]) < 10 else 0
     return [
         name,
         interval(side["success"], side["success_ci95"], scale=100),
         interval(side["return"], side["return_ci95"], digits=digits),
+        *(interval(side.get(key), side.get(f"{key}_ci95"), digits=3) for key in measured),
         str(side["modes"]["count"]) if "modes" in side else "-",
         str(side["n"]),
         "-" if env_steps is None else f"{env_steps:,}",
@@ -41,37 +49,43 @@ def side_row(name: str, side: dict[str, Any], *, env_steps: int | None, seconds:
     ]
 
 
-COLUMNS = ["policy", "success %, 95 % CI", "return, 95 % CI", "ways", "episodes", "env steps", "minutes"]
-
-
-def rows(name: str, result: dict[str, Any]) -> list[list[str]]:
+def rows(name: str, result: dict[str, Any], measured: Sequence[str] = ()) -> list[list[str]]:
     """A run's rows: its BC and its tuned policy, or the one of them that it has."""
-    spent = dict(env_steps=result["env_steps"], seconds=result["train_seconds"])
-    sides = [side for side in ("bc", "tuned") if side in result]  # cloned, tuned, or both
+    spent = dict(env_steps=result["env_steps"], seconds=result["train_seconds"], measured=measured)
+    sides = [side for side in SIDES if side in result]
     if len(sides) == 1:
         return [side_row(name, result[sides[0]], **spent)]
-    return [side_row(f"{name}: BC", result["bc"], env_steps=None, seconds=None), side_row(f"{name}: tuned", result["tuned"], **spent)]
+    before = side_row(f"{name}: BC", result["bc"], env_steps=None, seconds=None, measured=measured)
+    return [before, side_row(f"{name}: tuned", result["tuned"], **spent)]
 
 
-def markdown(lines: Iterable[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The rows of every run by name, with a column for each measure that one of them has."""
+    measured = list(dict.fromkeys(key for result in results.values() for key in measures(result)))
+    shown = [f"{key}, 95 % CI" for key in measured]
+    columns = ["policy", "success %, 95 % CI", "return, 95 % CI", *shown, "ways", "episodes", "env steps", "minutes"]
+    return markdown((row for name, result in results.items() for row in rows(name, result, measured)), columns)
+
+
+def markdown(lines: Iterable[Sequence[str]], columns: Sequence[str]) -> str:
     """A Markdown table that reads well as plain text too."""
-    table = [list(columns), *map(list, lines)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    cells = [list(columns), *map(list, lines)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
 
     def line(row: Sequence[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
 
-    return "\n".join([line(table[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, table[1:])]) + "\n"
+    return "\n".join([line(cells[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, cells[1:])]) + "\n"
 
 
 def write_comparison(folder: Path, result: dict[str, Any], before: Evaluation, after: Evaluation, draw: Draw | None) -> None:
     """``comparison.md`` and ``comparison.png`` of a run; prints the table and where both are."""
-    table = markdown(rows(str(folder), result))
+    compared = table({str(folder): result})
     with replacing(folder / "comparison.md") as path:
-        path.write_text(table)
+        path.write_text(compared)
     figure = before_and_after(before, after, draw or returns)
     save(figure, folder / "comparison.png")
-    print(f"\n{table}\ntable:  {folder / 'comparison.md'}\nfigure: {folder / 'comparison.png'}")
+    print(f"\n{compared}\ntable:  {folder / 'comparison.md'}\nfigure: {folder / 'comparison.png'}")
 
 
 def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
@@ -81,7 +95,10 @@ def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
     for axis, evaluation, name in ((axes[0], before, "BC"), (axes[1], after, "tuned")):
         draw(axis, evaluation)
         what = "return" if evaluation.success is None else "success"
-        axis.set_title(f"{name}: {what} {measure(evaluation.summary())}", fontsize=10)
+        said = evaluation.summary()
+        lines = [f"{name}: {what} {measure(said)}"]
+        lines += [f"{key} {interval(said[key], said[f'{key}_ci95'], digits=3)}" for key in evaluation.measures]
+        axis.set_title("\n".join(lines), fontsize=10)
     return figure
 
 
@@ -93,9 +110,20 @@ def returns(axis: Any, evaluation: Evaluation) -> None:
     axis.grid(alpha=0.3)
 
 
-def paths(axis: Any, evaluation: Evaluation, *, columns: list[int], field: Callable[[Any], None], most: int = 100) -> None:
-    """Paths in the plane of two ``columns`` of the observation, over ``field``: solved ones blue, others red."""
+def paths(
+    axis: Any,
+    evaluation: Evaluation,
+    *,
+    columns: list[int],
+    field: Callable[[Any], None],
+    most: int = 100,
+    beneath: list[int] | None = None,
+) -> None:
+    """Paths in the plane of two ``columns`` of the observation, over ``field``: solved ones blue, others red. Those of the
+    columns ``beneath`` lie under them, grey."""
     field(axis)
+    for trace in evaluation.traces[:most] if beneath else ():
+        axis.plot(*trace[:, beneath].T, color="#888888", lw=0.4, alpha=0.35)
     solved = np.ones(len(evaluation.seeds), bool) if evaluation.success is None else evaluation.success
     for trace, success in list(zip(evaluation.traces, solved, strict=True))[:most]:
         x, y = trace[:, columns].T

@@ -66,6 +66,8 @@ class Tuner:
     def score(self, validation: Evaluation) -> float:
         """What the best checkpoint is chosen by."""
         settings = self.cfg.evaluation
+        if settings.choose in validation.measures:
+            return float(validation.measures[settings.choose].mean())
         return validation.breadth(self.cfg.task.modes, settings.floor) if settings.choose == "modes" else validation.score()
 
     def save(self, score: float | None, seconds: float, *, ranked: bool = False) -> None:
@@ -110,8 +112,9 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     cfg, folder = planned.cfg, planned.folder
     run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
     choose, floor = cfg.evaluation.choose, cfg.evaluation.floor
-    if choose not in ("best", "modes", "last"):
-        raise found("evaluation.choose is unknown", "best, modes or last", choose, "evaluation.choose=best")
+    ways = ("best", "modes", "last", *(cfg.task.env.get("metrics") or ()))
+    if choose not in ways:
+        raise found("evaluation.choose is unknown", f"one of {', '.join(ways)}", choose, "evaluation.choose=best")
     if choose == "modes" and (cfg.task.modes is None or cfg.task.env.success_key is None):
         raise found(
             "evaluation.choose=modes has none to tell apart", "a task with modes and success", cfg.task.name, "evaluation.choose=best"
@@ -148,7 +151,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         logger(run=folder, config=run.plain(cfg), step=planned.step),
         total=100,
         unit="%",
-        shown=("train/success", "train/return", "validation/success", "validation/return"),
+        shown=("train/success", "train/return", *(f"validation/{key}" for key in ("success", "return", *envs.metrics))),
         step=planned.step,
         done=tuner.percent,
         seconds=seconds,
@@ -177,6 +180,7 @@ def comparison(
     gain = {"return": difference(before.returns, after.returns)}
     if before.success is not None and after.success is not None:
         gain["success"] = difference(before.success, after.success)
+    gain |= {key: difference(values, after.measures[key]) for key, values in before.measures.items()}
     return {
         **run.identity(cfg),
         "env_steps": tuner.collector.env_steps,

@@ -24,7 +24,7 @@ def read(run: Path) -> tuple[dict, list[dict]]:
 def compare(runs: list[Path], out: Path, key: str | None) -> None:
     """Writes ``compare.md`` and ``compare.png`` to ``out``, and prints the table."""
     read_runs = {str(run): read(run) for run in runs}
-    table = report.markdown(row for name, (result, _) in read_runs.items() for row in report.rows(name, result))
+    table = report.table({name: result for name, (result, _) in read_runs.items()})
     lines = {name: metrics for name, (_, metrics) in read_runs.items()}
     known = {key for metrics in lines.values() for line in metrics for key in line}
     key = key or next((candidate for candidate in KEYS if candidate in known), KEYS[0])

@@ -22,6 +22,14 @@ from dprl.networks.mlp import MLPDenoiser
 from dprl.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("DPRL_TEST_DATA", ROOT.parent / "shared" / "data"))  # published sets, where a machine has them
+
+
+def recorded(name: str) -> Path:
+    """A published set, or the test is skipped."""
+    if not (DATA / name).exists():
+        pytest.skip(f"wants {name} in {DATA} (or in $DPRL_TEST_DATA)")
+    return DATA / name
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +45,7 @@ def vec(id: str, *, num_envs: int = 2, act_steps: int = 4, obs_steps: int = 1, *
         observe=partial(flatten, keys=None),
         success_key="success",
         info_keys=[],
+        metrics=[],
         backend="sync",
         reward=rewards.TASK_ONLY,
     )

@@ -1,11 +1,14 @@
 """Episodes, the D4RL layout, and windows at episode ends."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 
 from dprl.data import d4rl
 from dprl.data.episodes import Episodes, check
@@ -30,18 +33,64 @@ def episodes(*lengths: int, **changes) -> Episodes:
 
 
 def test_windows_by_hand():
-    windows = Windows(episodes(3, 1), obs_steps=2, horizon=4)
+    windows = Windows(episodes(3, 1), obs_steps=2, horizon=4, act_steps=2, padding="masked")
     obs, act, mask = windows[torch.arange(4)]
     assert obs[..., 0].tolist() == [[0, 0], [0, 1], [1, 2], [10, 10]]
     assert act[..., 0].tolist() == [[0, 0, 1, 2], [0, 1, 2, 2], [1, 2, 2, 2], [10, 10, 10, 10]]
     assert mask.int().tolist() == [[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
 
 
+def test_repeated_windows_by_hand():
+    """To 2, H 4, Ta 2: a window begins at most one step before its episode and ends at most one behind it."""
+    windows = Windows(episodes(3, 1, 2), obs_steps=2, horizon=4, act_steps=2, padding="repeated")
+    obs, act, mask = windows[torch.arange(len(windows))]
+    assert obs[..., 0].tolist() == [[0, 0], [0, 1], [20, 20]]
+    assert act[..., 0].tolist() == [[0, 0, 1, 2], [0, 1, 2, 2], [20, 20, 21, 21]]
+    assert bool(mask.all())
+
+
+def padded(length: int, *, horizon: int, before: int, after: int) -> list[list[int]]:
+    """Windows as Diffusion Policy's sampler draws them: the steps of each, cut to the episode."""
+    return [[min(max(s, 0), length - 1) for s in range(a, a + horizon)] for a in range(-before, length - horizon + after + 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    obs_steps=st.integers(1, 3),
+    act_steps=st.integers(1, 8),
+    more=st.integers(0, 8),
+)
+def test_repeated_windows_are_those_of_diffusion_policy(lengths, obs_steps, act_steps, more):
+    horizon = obs_steps - 1 + act_steps + more
+    settings = dict(horizon=horizon, before=obs_steps - 1, after=act_steps - 1)
+    expected = [[10 * e + s for s in steps] for e, length in enumerate(lengths) for steps in padded(length, **settings)]
+    data = episodes(*lengths)
+    if not expected:
+        with pytest.raises(UserError, match=r"leaves no window[\s\S]*train.padding=masked"):
+            Windows(data, obs_steps=obs_steps, horizon=horizon, act_steps=act_steps, padding="repeated")
+        return
+    windows = Windows(data, obs_steps=obs_steps, horizon=horizon, act_steps=act_steps, padding="repeated")
+    obs, act, mask = windows[torch.arange(len(windows))]
+    assert act[..., 0].tolist() == expected
+    assert obs[..., 0].tolist() == [steps[:obs_steps] for steps in expected]
+    assert bool(mask.all())
+
+
+def test_windows_keep_their_labels_and_refuse_another_padding():
+    data = episodes(4, 2)
+    sizes = dict(obs_steps=1, horizon=3, act_steps=1)
+    *_, label = Windows(data, **sizes, padding="repeated", labels=data.rew)[torch.arange(2)]
+    assert label.tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"train.padding is unknown[\s\S]*masked or repeated"):
+        Windows(data, **sizes, padding="mask")  # type: ignore[arg-type]
+
+
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), obs_steps=st.integers(1, 4), horizon=st.integers(1, 12))
 def test_windows_never_leave_their_episode(lengths, obs_steps, horizon):
     data = episodes(*lengths)
-    windows = Windows(data, obs_steps=obs_steps, horizon=horizon)
+    windows = Windows(data, obs_steps=obs_steps, horizon=horizon, act_steps=1, padding="masked")
     assert len(windows) == sum(lengths)
     obs, act, mask = windows[torch.arange(len(windows))]
     assert obs.shape == (sum(lengths), obs_steps, 2)
@@ -151,6 +200,37 @@ def test_a_file_that_is_none_and_one_that_is_cut_short(tmp_path):
     (tmp_path / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read"):
         d4rl.load(tmp_path / "cut.hdf5")
+
+
+def pictured(*lengths: int) -> Episodes:
+    """As ``episodes``, observed as a dictionary with pictures whose every pixel tells the step."""
+    plain = episodes(*lengths)
+    steps = plain.act[:, 0]
+    image = steps.to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 5).clone()
+    return replace(plain, obs=TensorDict(image=image, place=plain.obs, batch_size=[len(steps)]), last_obs=None)
+
+
+def test_pictures_are_windowed_selected_and_split_as_vectors_are():
+    data = check(pictured(3, 1, 4))
+    assert data.obs_shape == {"image": [3, 4, 5], "place": [2]}
+    obs, *_ = Windows(data, obs_steps=2, horizon=4, act_steps=2, padding="masked")[torch.arange(8)]
+    assert obs["image"].shape == (8, 2, 3, 4, 5) and obs["image"].dtype == torch.uint8
+    torch.testing.assert_close(obs["image"][..., 0, 0, 0].float(), obs["place"][..., 0])
+    part = data.select(torch.tensor([0, 2]))
+    assert part.obs["image"][:, 2, 3, 4].tolist() == [0, 1, 2, 20, 21, 22, 23]
+    kept, held = data.split(0.4, seed=0)
+    assert held is not None
+    assert sorted(torch.cat([kept.obs["image"], held.obs["image"]])[:, 0, 0, 0].tolist()) == [0, 1, 2, 10, 20, 21, 22, 23]
+
+
+def test_check_looks_into_dictionaries():
+    data = pictured(3, 2)
+    data.obs["place"][4] = float("nan")
+    with pytest.raises(UserError, match=r"'place' has 2 values[\s\S]*step 4 \(episode 1\)"):
+        check(data)
+    short = replace(pictured(3), act=torch.zeros(2, 1))
+    with pytest.raises(UserError, match=r"'image' has another length"):
+        check(short)
 
 
 def test_check_names_the_episode():

@@ -7,7 +7,8 @@ from conftest import diffusion, vec
 from scipy.stats import binomtest
 from test_envs import Constant
 
-from dprl import rewards
+from dprl import report, rewards
+from dprl.errors import UserError
 from dprl.evaluate import Evaluation, bootstrap, difference, evaluate, wilson
 
 
@@ -73,6 +74,38 @@ def test_a_promised_return_is_held_against_the_one_that_came():
     assert result.summary()["discounted"] == pytest.approx(expected) and result.summary()["value"] == 7.0
     assert result.summary()["return"] == 28.0
     assert "discounted" not in evaluate(Constant(), envs, range(3)).summary()
+
+
+def test_what_a_task_measures_is_reported_with_its_interval():
+    envs = vec("Counter-v0", kwargs={"end": 7}, num_envs=2, act_steps=4, metrics=["act"])
+    result = evaluate(Constant(0.25), envs, range(3))
+    assert result.measures["act"].tolist() == [0.25] * 3
+    assert (result.summary()["act"], result.summary()["act_ci95"]) == (0.25, [0.25, 0.25])
+    assert result.describe() == "success 1.000 [0.439, 1.000], return 28 [28, 28], act 0.25 [0.25, 0.25], 3 episodes"
+    assert result.metrics("evaluation")["evaluation/act"] == 0.25
+    assert result.metrics("validation", intervals=True)["validation/act_high"] == 0.25
+    assert "act" not in evaluate(Constant(), vec("Counter-v0", kwargs={"end": 7}, act_steps=4, info_keys=["act"]), range(3)).summary()
+
+
+def test_measures_that_are_none_are_named():
+    with pytest.raises(UserError, match=r"task.env.metrics names nothing[\s\S]*\['act', 'success'\][\s\S]*covered"):
+        vec("Counter-v0", metrics=["covered"])
+    with pytest.raises(UserError, match=r"task.env.metrics takes a name[\s\S]*\['success'\]"):
+        vec("Counter-v0", metrics=["success"])
+
+
+def test_tables_have_a_column_for_each_measure_that_a_run_has():
+    plain = {"success": 0.5, "success_ci95": [0.4, 0.6], "return": 3.0, "return_ci95": [2.0, 4.0], "n": 9}
+    measured = plain | {"covered": 0.8125, "covered_ci95": [0.75, 0.875]}
+    runs = {name: {"bc": side, "env_steps": 0, "train_seconds": 60.0} for name, side in (("a", plain), ("b", measured))}
+    head, _, first, second = report.table(runs).splitlines()
+    assert [cell.strip() for cell in head.split("|")[3:5]] == ["return, 95 % CI", "covered, 95 % CI"]
+    assert first.split("|")[4].strip() == "-"
+    assert second.split("|")[4].strip() == "0.812 [0.750, 0.875]"
+    without = report.table({"a": runs["a"]}).splitlines()[0]
+    assert [cell.strip() for cell in without.split("|")[1:-1]] == [
+        *["policy", "success %, 95 % CI", "return, 95 % CI", "ways", "episodes", "env steps", "minutes"]
+    ]
 
 
 def test_ways_count_once_the_task_is_solved():

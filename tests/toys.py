@@ -66,7 +66,30 @@ class Named(gym.Env):
         return {"place": np.array([1.0, 2.0]), "goal": np.array([3.0, 4.0]), "unused": np.array([5.0, 6.0])}
 
 
+class Camera(Aim):
+    """``Aim``, whose number is seen as the brightness of a picture [8, 8, 3]; beside it a place that says nothing."""
+
+    def __init__(self, tolerance: float = 0.3):
+        super().__init__(tolerance)
+        picture, place = spaces.Box(0, 255, (8, 8, 3), np.uint8), spaces.Box(-1, 1, (2,), np.float64)
+        self.observation_space = spaces.Dict({"pixels": picture, "place": place})
+
+    def reset(self, *, seed=None, options=None):
+        goal, info = super().reset(seed=seed)
+        return shown(goal[0]), info
+
+    def step(self, action):
+        goal, *rest = super().step(action)
+        return shown(goal[0]), *rest
+
+
+def shown(goal: float) -> dict[str, np.ndarray]:
+    """What a ``Camera`` observes."""
+    return {"pixels": np.full((8, 8, 3), round((goal + 1) / 2 * 255), np.uint8), "place": np.array([goal > 2, 0.5])}
+
+
 gym.register("Counter-v0", "toys:Counter", max_episode_steps=10)
 gym.register("Endless-v0", Counter)
 gym.register("Aim-v0", Aim, max_episode_steps=10)
 gym.register("Named-v0", Named, max_episode_steps=10)
+gym.register("Camera-v0", Camera, max_episode_steps=10)

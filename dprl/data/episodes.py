@@ -15,7 +15,8 @@ from dprl.normalize import Obs
 
 @dataclass(frozen=True)
 class Episodes:
-    """Steps of all episodes, one episode after another.
+    """Steps of all episodes, one episode after another. A dictionary observation is a TensorDict [M] of vectors, and of
+    images as uint8 [M, C, H, W].
 
     ``ends`` [E] is where each stops (exclusive). ``terminated`` [E] tells an end of the task from an end of the time or
     of the recording. ``last_obs`` [E, O] is the observation after the last action, where the source has it.
@@ -76,9 +77,16 @@ class Episodes:
         if not 0 <= fraction < 1:
             raise found("the validation split is no fraction", "0 <= train.validation < 1", fraction, "train.validation=0.1")
         held = min(round(fraction * len(self)), len(self) - 1)
+        if held == 0:
+            return self, None
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         kept = self.select(order[held:].sort().values)
-        return kept, self.select(order[:held].sort().values) if held else None
+        return kept, self.select(order[:held].sort().values)
+
+
+def keyed(obs: Obs, name: str) -> dict[str, Tensor]:
+    """A dictionary observation's tensors by key; a plain one as ``name``."""
+    return {name: obs} if isinstance(obs, Tensor) else dict(obs.items())  # type: ignore[return-value]
 
 
 def check(episodes: Episodes) -> Episodes:
@@ -88,12 +96,14 @@ def check(episodes: Episodes) -> Episodes:
         raise found(f"{where} holds no data", "at least one episode of one step", "none", "write or name another file")
     if bool((episodes.lengths < 1).any()):
         raise UserError(f"{where}: episode {int((episodes.lengths < 1).nonzero()[0])} has no steps")
-    observed = {"observations": episodes.obs} if isinstance(episodes.obs, Tensor) else dict(episodes.obs.items())
+    observed = keyed(episodes.obs, "observations")
     for name, value in (observed | {"actions": episodes.act, "rewards": episodes.rew}).items():
-        if value is None or not value.is_floating_point():
+        if value is None:
             continue
         if len(value) != len(episodes.act):
             raise found(f"{where}: '{name}' has another length", f"{len(episodes.act)} steps, as actions", len(value), "repair the file")
+        if not value.is_floating_point():
+            continue
         bad = ~torch.isfinite(value)
         if bool(bad.any()):
             step = int(bad.flatten(1).any(1).nonzero()[0] if value.dim() > 1 else bad.nonzero()[0])
@@ -104,6 +114,7 @@ def check(episodes: Episodes) -> Episodes:
                 f"NaN or inf, first at step {step} (episode {episode})",
                 "drop or repair those episodes",
             )
-    if isinstance(episodes.last_obs, Tensor) and not bool(torch.isfinite(episodes.last_obs).all()):
+    last = {} if episodes.last_obs is None else keyed(episodes.last_obs, "observations")
+    if any(value.is_floating_point() and not bool(torch.isfinite(value).all()) for value in last.values()):
         raise found(f"{where}: an episode's last observation is not finite", "numbers", "NaN or inf", "drop or repair it")
     return episodes

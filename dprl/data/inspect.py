@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dprl import report, setup
-from dprl.data.episodes import Episodes
+from dprl.data.episodes import Episodes, keyed
 from dprl.data.offline import check_sizes, outside
 from dprl.normalize import SMALLEST_RANGE
 from dprl.rewards import TASK_ONLY
@@ -49,11 +49,23 @@ def facts(episodes: Episodes, low: Tensor, high: Tensor, reference: Any) -> list
     for d, column in enumerate(episodes.act.T):
         words = f"{float(column.min()):.4g} to {float(column.max()):.4g}, task {float(low[d]):.4g} to {float(high[d]):.4g}"
         out.append((f"action {d}", words + _constant(column) + (", OUT OF RANGE" if bool(beyond[d]) else "")))
-    for d, column in enumerate(episodes.obs.T):
+    for key, observed in keyed(episodes.obs, "observation").items():
+        out += _vector(key, observed) if observed.dim() == 2 else [(key, _images(observed))]
+    return out
+
+
+def _vector(name: str, observed: Tensor) -> list[tuple[str, str]]:
+    out = []
+    for d, column in enumerate(observed.T):
         words = f"{float(column.min()):.4g} to {float(column.max()):.4g}, mean {float(column.mean()):.4g}, std {float(column.std()):.4g}"
         far = int(((column - column.mean()).abs() > FAR * column.std().clamp(min=1e-9)).sum())
-        out.append((f"observation {d}", words + _constant(column) + (f", {far} values beyond {FAR:g} std" if far else "")))
+        out.append((f"{name} {d}", words + _constant(column) + (f", {far} values beyond {FAR:g} std" if far else "")))
     return out
+
+
+def _images(observed: Tensor) -> str:
+    mean = float(observed[:: max(1, len(observed) // 1000)].double().mean())  # of a thousand
+    return f"images {list(observed.shape[1:])} of {observed.dtype}, {int(observed.min())} to {int(observed.max())}, mean {mean:.4g}"
 
 
 def _constant(column: Tensor) -> str:
@@ -61,7 +73,7 @@ def _constant(column: Tensor) -> str:
 
 
 def draw(episodes: Episodes) -> Any:
-    """Returns, lengths, and the spread of every action and observation dimension."""
+    """Returns, lengths, and the spread of every action and observation dimension (of vectors, not of images)."""
     figure, axes = report.pyplot().subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     (returns, lengths), (actions, observations) = axes
     if episodes.rew is None:
@@ -78,7 +90,9 @@ def draw(episodes: Episodes) -> Any:
     )
     lengths.set(xlabel="steps of an episode", ylabel="episodes")
     lengths.legend(fontsize=8)
-    scaled = (episodes.obs - episodes.obs.mean(0)) / episodes.obs.std(0).clamp(min=1e-6)
+    vectors = [value for value in keyed(episodes.obs, "observation").values() if value.dim() == 2]
+    observed = torch.cat(vectors, -1) if vectors else torch.zeros(len(episodes.act), 0)
+    scaled = (observed - observed.mean(0)) / observed.std(0).clamp(min=1e-6)
     for axis, data, label in ((actions, episodes.act, "action dimension"), (observations, scaled, "observation dimension (standardised)")):
         bands = np.quantile(data[torch.linspace(0, len(data) - 1, min(len(data), 20_000)).long()].numpy(), [0, 0.05, 0.5, 0.95, 1], axis=0)
         x = np.arange(data.shape[1])

@@ -1,26 +1,45 @@
 """Training windows over episodes, as an index gather: no copy of the data, no loader.
 
-Letters: M steps in all, N batch, To observed steps, H horizon, O observation dim, A action dim.
+Letters: M steps in all, W windows, N batch, To observed steps, Ta executed steps, H horizon, O observation dim, A action dim.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dprl.data.episodes import Episodes
+from dprl.errors import found
+
+Padding = Literal["masked", "repeated"]
 
 
 class Windows:
     """One window for each step t: the To observations up to t and H actions, of which the (To-1)th is t's.
 
-    What lies outside the episode is its first or last step repeated, and masked; so an episode shorter than a window
-    has windows too.
+    What lies outside the episode is its first or last step repeated. By ``padding`` it is
+
+    - ``masked``: no part of the loss. Every step has its window, so an episode shorter than a window has some too.
+    - ``repeated``: trained on, as Diffusion Policy does (Chi et al., 2023), and with its windows only: those that begin at
+      most To-1 steps before their episode (its pad_before) and end at most Ta-1 behind it (its pad_after). So each
+      episode's last H - To - Ta + 1 steps have no window of their own, and an episode may have none.
+
+    Raises a ``UserError`` for another word, or if there is no window at all.
     """
 
     def __init__(
-        self, episodes: Episodes, *, obs_steps: int, horizon: int, labels: Tensor | None = None, device: torch.device | str = "cpu"
+        self,
+        episodes: Episodes,
+        *,
+        obs_steps: int,
+        horizon: int,
+        act_steps: int,
+        padding: Padding,
+        labels: Tensor | None = None,
+        device: torch.device | str = "cpu",
     ):
+        if padding not in ("masked", "repeated"):
+            raise found("train.padding is unknown", "masked or repeated", padding, "train.padding=masked")
         length = episodes.lengths
         self.obs, self.act = episodes.obs.to(device), episodes.act.to(device)
         self.first = episodes.starts.repeat_interleave(length).to(device)  # [M] the step its episode begins at
@@ -28,18 +47,27 @@ class Windows:
         self.labels = None if labels is None else labels.to(device)  # [M]
         self.past = torch.arange(1 - obs_steps, 1, device=device)
         self.span = torch.arange(1 - obs_steps, 1 - obs_steps + horizon, device=device)
+        self.masked, behind = padding == "masked", horizon - obs_steps - act_steps + 1
+        self.begins = torch.arange(len(self.act), device=device)  # [W] the step t of each window
+        if not self.masked:
+            self.begins = self.begins[self.begins + behind <= self.last]
+        if len(self.begins) == 0:
+            expected = f"an episode of at least {behind + 1} steps: policy.horizon - obs_steps - act_steps + 2"
+            fix = "train.padding=masked, or a shorter policy.horizon"
+            raise found("train.padding=repeated leaves no window", expected, f"at most {int(length.max())}", fix)
 
     def __len__(self) -> int:
-        return len(self.act)
+        return len(self.begins)
 
-    def __getitem__(self, t: Tensor) -> tuple[Any, ...]:
-        """Windows of the steps ``t`` [N]: obs [N, To, O], act [N, H, A], mask [N, H] and, if there are labels, theirs [N]."""
+    def __getitem__(self, index: Tensor) -> tuple[Any, ...]:
+        """Windows of these numbers [N]: obs [N, To, O], act [N, H, A], mask [N, H] and, if there are labels, theirs [N]."""
+        t = self.begins[index]
         label = () if self.labels is None else (self.labels[t],)
         t, first, last = t[:, None], self.first[t][:, None], self.last[t][:, None]
         obs = self.obs[torch.maximum(t + self.past, first)]
         steps = t + self.span
         act = self.act[torch.clamp(steps, first, last)]
-        return obs, act, (steps >= first) & (steps <= last), *label
+        return obs, act, ((steps >= first) & (steps <= last)) | (not self.masked), *label
 
 
 class Order:

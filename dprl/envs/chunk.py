@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
-from dprl.envs.observe import Observe
+from dprl.envs.observe import Observe, vectors
 from dprl.errors import UserError, found
 from dprl.rewards import Transition, WeightedSum
 
@@ -39,9 +39,10 @@ class ChunkEnv(gym.Wrapper):
 
     ``step`` returns the chunk's summed reward and, in ``info``: ``rew`` [Ta], zero after the chunk stopped; ``length``;
     ``success`` within the chunk; ``task_return``, the task's own reward summed; ``terms``, each reward term summed;
-    the last value of each of ``info_keys`` as ``info/<key>``; and ``trace`` [Ta, O] if asked for, NaN after the chunk
-    stopped. Actions are cut to the environment's bounds. After ``reset(options={"rest": True})`` a step does nothing and
-    has length 0.
+    the last value of each of ``info_keys`` and ``metrics`` as ``info/<key>``, NaN for one of ``info_keys`` that the
+    environment does not say; and ``trace`` [Ta, O], the vectors observed, if asked for, NaN after the chunk stopped.
+    Actions are cut to the environment's bounds. After ``reset(options={"rest": True})`` a step does nothing and has
+    length 0.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ChunkEnv(gym.Wrapper):
         reward: WeightedSum,
         success_key: str | None,
         info_keys: list[str],
+        metrics: list[str],
         trace: bool,
     ):
         super().__init__(env)
@@ -65,7 +67,8 @@ class ChunkEnv(gym.Wrapper):
         self.low, self.high = low, high
         self.action_space = batch_space(spaces.Box(low, high, dtype=np.float32), act_steps)
         self.act_steps, self.reward = act_steps, reward
-        self.success_key, self.info_keys, self.trace = success_key, info_keys, trace
+        self.success_key, self.info_keys, self.metrics = success_key, info_keys, metrics
+        self.traced = vectors(self.single_space) if trace else None
         self.history: deque = deque(maxlen=obs_steps)
         self.prev_act: np.ndarray | None = None
         self.done = True
@@ -127,29 +130,32 @@ class ChunkEnv(gym.Wrapper):
         )
         for key in self.info_keys:
             out[f"info/{key}"] = float(infos[-1].get(key, np.nan)) if infos else np.nan
-        if self.trace:
-            out["trace"] = np.full((self.act_steps, *self.single_space.shape), np.nan, np.float32)  # type: ignore[misc]
+        for key in self.metrics:
+            out[f"info/{key}"] = float(_said(infos[-1], key, "task.env.metrics", "[<key>]")) if infos else np.nan
+        if self.traced is not None:
+            size, take = self.traced
+            out["trace"] = np.full((self.act_steps, size), np.nan, np.float32)
             if observed:
-                out["trace"][: len(observed)] = observed
+                out["trace"][: len(observed)] = [take(obs) for obs in observed]
         return out
 
     def _success(self, info: dict) -> bool:
         if self.success_key is None:
             return False
-        if self.success_key not in info:
-            raise found(
-                "task.env.success_key names nothing",
-                f"a key of info: {sorted(info)}",
-                self.success_key,
-                "task.env.success_key=<key> or null",
-            )
-        return bool(info[self.success_key])
+        return bool(_said(info, self.success_key, "task.env.success_key", "<key> or null"))
 
     def _stack(self, items: list) -> Any:
         return concatenate(self.single_space, items, create_empty_array(self.single_space, len(items)))
 
     def _stacked(self) -> Any:
         return self._stack(list(self.history))
+
+
+def _said(info: dict, key: str, setting: str, form: str) -> Any:
+    """``info[key]``, or a ``UserError`` about the setting that names it."""
+    if key not in info:
+        raise found(f"{setting} names nothing", f"a key of info: {sorted(info)}", key, f"{setting}={form}")
+    return info[key]
 
 
 def _say_once(message: str, said: set[str] = set()) -> None:  # noqa: B006  one memory for the process

@@ -16,6 +16,8 @@ from dprl.envs.observe import Observe
 from dprl.errors import UserError, found
 from dprl.rewards import WeightedSum
 
+TAKEN = ("success", "return", "return_std", "length", "n", "value", "discounted", "modes", "loss")  # what an evaluation tells anyway
+
 
 @dataclass(frozen=True)
 class VecStep:
@@ -30,7 +32,7 @@ class VecStep:
     task_return: np.ndarray  # [N]
     terms: np.ndarray  # [N, terms]
     info: dict[str, np.ndarray]  # [N] a key; NaN where an environment said nothing
-    trace: np.ndarray | None  # [N, Ta, O]
+    trace: np.ndarray | None  # [N, Ta, O] the vectors observed
 
     @property
     def done(self) -> np.ndarray:
@@ -40,9 +42,18 @@ class VecStep:
 class VecEnv:
     """Chunked environments stepped together, reset when told to (gymnasium's automatic resets hide successors)."""
 
-    def __init__(self, envs: SyncVectorEnv | AsyncVectorEnv, *, terms: Sequence[str], has_success: bool, info_keys: Sequence[str]):
+    def __init__(
+        self,
+        envs: SyncVectorEnv | AsyncVectorEnv,
+        *,
+        terms: Sequence[str],
+        has_success: bool,
+        info_keys: Sequence[str],
+        metrics: Sequence[str],
+    ):
         self.envs = envs
-        self.terms, self.has_success, self.info_keys = tuple(terms), has_success, tuple(info_keys)
+        self.terms, self.has_success = tuple(terms), has_success
+        self.info_keys, self.metrics = tuple(info_keys), tuple(metrics)
         self.num_envs = envs.num_envs
         self.act_steps, self.act_dim = envs.single_action_space.shape  # type: ignore[misc]
         self.obs_shape = shapes(envs.single_observation_space)
@@ -75,7 +86,7 @@ class VecEnv:
             success=info["success"],
             task_return=info["task_return"],
             terms=info["terms"],
-            info={key: info[f"info/{key}"] for key in self.info_keys},
+            info={key: info[f"info/{key}"] for key in (*self.info_keys, *self.metrics)},
             trace=info.get("trace"),
         )
 
@@ -98,6 +109,7 @@ def make_vec(
     observe: Observe,
     success_key: str | None,
     info_keys: list[str],
+    metrics: list[str],
     backend: Literal["sync", "async"],
     num_envs: int,
     obs_steps: int,
@@ -105,11 +117,18 @@ def make_vec(
     reward: WeightedSum,
     trace: bool = False,
 ) -> VecEnv:
-    """A vector of any gymnasium environment, in this process (``sync``) or a process each (``async``)."""
+    """A vector of any gymnasium environment, in this process (``sync``) or a process each (``async``).
+
+    ``info_keys`` and ``metrics`` are keys of ``info`` whose last value in an episode is kept: ``metrics`` are numbers that
+    an evaluation takes the mean of.
+    """
     if num_envs < 1:
         raise found("too few environments", "num_envs of at least 1", num_envs, "num_envs=1 or more")
     if backend not in ("sync", "async"):
         raise found("unknown task.env.backend", "sync or async", backend, "task.env.backend=sync")
+    if set(metrics) & set(TAKEN):
+        taken = sorted(set(metrics) & set(TAKEN))
+        raise found("task.env.metrics takes a name that means something else", f"none of {', '.join(TAKEN)}", taken, "another key of info")
     make = partial(
         make_one,
         id=id,
@@ -121,6 +140,7 @@ def make_vec(
         reward=reward,
         success_key=success_key,
         info_keys=info_keys,
+        metrics=metrics,
         trace=trace,
     )
     _try_out(make())
@@ -128,7 +148,7 @@ def make_vec(
         envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     else:
         envs = AsyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
-    return VecEnv(envs, terms=reward.names, has_success=success_key is not None, info_keys=info_keys)
+    return VecEnv(envs, terms=reward.names, has_success=success_key is not None, info_keys=info_keys, metrics=metrics)
 
 
 def _try_out(env: ChunkEnv) -> None:

@@ -66,7 +66,7 @@ class DiTDenoiser(nn.Module):
             return nn.Sequential(*parts)
 
         self.level = embedded(time_size, bias=False)
-        self.obs = embedded(obs_steps * vector(obs_shape), bias=True)
+        self.obs = embedded(obs_steps * vector(obs_shape, self), bias=True)
         self.chunk = nn.Linear(act_dim, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.norm, self.out = bare_norm(width), nn.Linear(width, act_dim)

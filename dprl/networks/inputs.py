@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from dprl.errors import found
@@ -32,9 +32,9 @@ def by_level(net: Callable[[Tensor], Tensor], table: Tensor, k: Tensor) -> Tenso
     return net(embedding(k, table)) if k.dim() == 0 else embedding(k, net(table))
 
 
-def vector(obs_shape: Any) -> int:
-    """The size of an observation that is a vector; a ``UserError`` for any other."""
+def vector(obs_shape: Any, reader: nn.Module) -> int:
+    """The size of an observation that is a vector; a ``UserError`` for any other, since ``reader`` reads no such thing."""
     if not isinstance(obs_shape, list) or len(obs_shape) != 1:
-        fix = "policy=unet_image_small, or policy/denoiser=seeing with another denoiser inside"
-        raise found("this denoiser reads vectors", "an observation [size]", obs_shape, fix)
+        fix = "a task=... that observes a vector, or policy=unet_image_small, or policy/denoiser=seeing with a denoiser inside"
+        raise found(f"{type(reader).__name__} reads vectors", "an observation [size]", obs_shape, fix)
     return obs_shape[0]

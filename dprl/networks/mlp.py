@@ -58,7 +58,7 @@ class MLPDenoiser(nn.Module):
             nn.Linear(2 * time_size, time_size),
             nn.Linear(time_size, width, bias=False),
         )
-        self.obs = nn.Linear(obs_steps * vector(obs_shape), width)
+        self.obs = nn.Linear(obs_steps * vector(obs_shape, self), width)
         self.chunk = nn.Linear(horizon * act_dim, width, bias=False)
         self.trunk = trunk(width, layers, activation)
         self.out = nn.Linear(width, horizon * act_dim)

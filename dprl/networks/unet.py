@@ -85,7 +85,7 @@ class UNetDenoiser(nn.Module):
             nn.Mish(),
             nn.Linear(time_size, sum(self.films), bias=False),
         )
-        self.obs = nn.Sequential(nn.Flatten(), nn.Mish(), nn.Linear(obs_steps * vector(obs_shape), sum(self.films)))
+        self.obs = nn.Sequential(nn.Flatten(), nn.Mish(), nn.Linear(obs_steps * vector(obs_shape, self), sum(self.films)))
 
     def encode(self, obs: Tensor) -> Tensor:
         return self.obs(obs)  # [N, To, O] -> [N, F]

@@ -56,7 +56,7 @@ def looking(obs_steps: int = 1) -> DiffusionPolicy:
 
 
 def cameras(**changes):
-    return vec("Camera-v0", **({"observe": partial(keyed, keys=KEYS)} | changes))
+    return vec("toys:Camera-v0", **({"observe": partial(keyed, keys=KEYS)} | changes))
 
 
 def demonstrations(episodes: int) -> Episodes:

@@ -51,11 +51,11 @@ def run(name: str, task: str, algo: str, seed: int, *arguments: str) -> None:
     shutil.copy(out / "result.json", ROOT / "results" / f"{out.name}.json")
 
 
-def figure(name: str, out: Path, seed: int) -> None:
+def figure(name: str, out: Path, seed: int, which: str = "comparison") -> None:
     """The first seed's figure, for the documentation."""
     if seed == 0:
         (ROOT / "docs" / "figures").mkdir(exist_ok=True)
-        shutil.copy(out / "comparison.png", ROOT / "docs" / "figures" / f"{name}.png")
+        shutil.copy(out / f"{which}.png", ROOT / "docs" / "figures" / f"{name}.png")
 
 
 def logged(folder: str, data: str, seed: int) -> None:
@@ -70,6 +70,7 @@ def logged(folder: str, data: str, seed: int) -> None:
     guided = ["algo=guided", path, f"name=guided_{name}", base, f"algo.critic_from=runs/{task}-idql_{name}-{seed}", *GUIDED]
     run("finetune.py", task, f"guided_{name}", seed, *guided)
     run("finetune.py", task, f"both_{name}", seed, *guided, FEW, f"name=both_{name}")
+    figure(f"{task}_guided_{name}", Path(f"runs/{task}-guided_{name}-{seed}"), seed, "choices")
     if seed and data == "medium":  # a sweep of long episodes takes longer than the training; its first seed shows the shape
         return
     many = (["candidates=1,2,4,8,16,32,64", "select=argmax"], ["candidates=8,32,64", "select=softmax", "temperature=0.03,0.1"])
@@ -116,6 +117,7 @@ def main() -> None:
         elif what == "online":
             run("finetune.py", "avoid", "idql", seed, "algo=idql", *ONLINE)
             run("finetune.py", "avoid", "guided_clear", seed, "algo=guided_clear", "num_envs=1")
+            figure("avoid_guided", Path(f"runs/avoid-guided_clear-{seed}"), seed)
             critic = f"algo.critic_from=runs/avoid-idql-{seed}"
             run("finetune.py", "avoid", "guided", seed, "algo=guided", critic, "num_envs=1")
             run("finetune.py", "avoid", "both", seed, "algo=guided", critic, FEW, "name=both", "num_envs=1")

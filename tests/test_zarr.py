@@ -196,6 +196,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], dict, str]] = {
         {},
         r"too large",
     ),
+    "ends beyond all memory": (lambda p: describe(write(p), "meta/episode_ends", chunks=[10**13]), {}, r"too large"),
     "a lost chunk": (lambda p: without(write(p), "data/state/1.0"), {}, r"'data/state' is incomplete[\s\S]*3 chunks[\s\S]*2 of them"),
     "chunks of zeros left out": (
         lambda p: write(p, reward=np.zeros(STEPS)),

@@ -68,10 +68,11 @@ def _read(store: "_Store", observe: Sources | dict[str, Sources], limit_gib: flo
             raise found(f"{store.source}: '{name}' has another length", f"{steps} steps, as 'action'", array.shape[0], "repair the file")
     if steps == 0:
         raise found(f"{store.source} holds no data", "at least one step", "none", "name another file")
-    gib = sum(array.kept for array in wanted.values()) / 2**30
+    episode_ends = store.array("meta/episode_ends")
+    gib = sum(array.kept for array in (*wanted.values(), episode_ends)) / 2**30
     if gib > limit_gib:
         raise found(f"{store.source} is too large", f"at most {limit_gib:g} GiB", f"{gib:.2f} GiB", "data.limit_gib=..., or observe less")
-    ends = _ends(store, steps)
+    ends = _ends(episode_ends, steps)
     if isinstance(observe, dict):
         obs: Obs = TensorDict({key: _observed(wanted, sources, key) for key, sources in observe.items()}, [steps])
     else:
@@ -119,17 +120,14 @@ def _observed(arrays: dict[str, "_Array"], sources: Sources, key: str | None) ->
     return arrays[images[0]].images()
 
 
-def _ends(store: "_Store", steps: int) -> np.ndarray:
-    array = store.array("meta/episode_ends")
-    ends = array.open()[:]
-    if ends.ndim != 1 or ends.dtype.kind not in "iu":
-        raise found(
-            f"{store.source}: 'meta/episode_ends' has the wrong type", "whole numbers [E]", f"{ends.dtype} {ends.shape}", "repair the file"
-        )
-    ends = ends.astype(np.int64)
+def _ends(array: "_Array", steps: int) -> np.ndarray:
+    where = f"{array.store.source}: '{array.name}'"
+    if len(array.shape) != 1 or array.dtype.kind not in "iu":
+        raise found(f"{where} has the wrong type", "whole numbers [E]", f"{array.dtype} {list(array.shape)}", "repair the file")
+    ends = array.open()[:].astype(np.int64)
     if len(ends) == 0 or (np.diff(ends, prepend=0) <= 0).any() or ends[-1] != steps:
         raise found(
-            f"{store.source}: 'meta/episode_ends' does not cut the data into episodes",
+            f"{where} does not cut the data into episodes",
             f"increasing numbers, the last of them {steps}, the data's length",
             ends[:8].tolist() + (["...", int(ends[-1])] if len(ends) > 8 else []),
             "repair the file",

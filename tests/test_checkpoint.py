@@ -33,7 +33,7 @@ POLICY = {
     },
     "schedule": {"_target_": "dprl.schedule.Schedule", "_partial_": True, "kind": "cosine", "steps": 6, "sample_steps": None, "eta": 1.0},
 }
-CHAIN = {"_target_": "algos.dppo.ChainActor", "tuned_steps": 3, "min_std": 0.1, "noise_limit": 3.0, "policy": POLICY}
+CHAIN = {"_target_": "dprl.chain.ChainActor", "tuned_steps": 3, "min_std": 0.1, "noise_limit": 3.0, "policy": POLICY}
 
 
 def saved(path, node=POLICY, trainer=None):

@@ -195,7 +195,7 @@ def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(comman
     ranking = [*offline, "algo.offline_steps=0", "algo.critic_from=runs/offline", "algo.actor.candidates=2"]
     command("finetune.py", *ranking, "policy_from=runs/tuned", "out=runs/ranked")
     node = checkpoint.load(cloned / "runs/ranked").node
-    assert (node["_target_"], node["policy"]["_target_"]) == ("algos.idql.RankedActor", "algos.dppo.ChainActor")
+    assert (node["_target_"], node["policy"]["_target_"]) == ("algos.idql.RankedActor", "dprl.chain.ChainActor")
     critic, trained = (checkpoint.load(cloned / f"runs/{name}").actor.critic.state_dict() for name in ("ranked", "offline"))
     assert all(torch.equal(critic[key], trained[key]) for key in trained if "_norm" not in key)
     done = command("scripts/sweep.py", "runs/offline", "candidates=1,4", "select=argmax,softmax", "--episodes", "3")
@@ -231,12 +231,12 @@ def test_guidance_chooses_its_scale_and_composes(command, cloned):
     ranking = ["algo=idql", "algo.actor.candidates=2", "algo.offline_steps=0", "algo.critic_from=runs/guided"]
     command("finetune.py", *[s for s in small if "offline" not in s], *ranking, "policy_from=runs/guided", "out=runs/both")
     node = checkpoint.load(cloned / "runs/both").node
-    assert node["policy"]["_target_"] == "algos.guided.GuidedActor"
+    assert node["policy"]["_target_"] == "dprl.guidance.GuidedActor"
     assert node["policy"]["scale"] == best["choice/scale"]
     command("finetune.py", *DPPO, "out=runs/tuned")
     taken = ["algo=guided", "algo.scales=[0.1]", "algo.critic_from=runs/guided"]
     command("finetune.py", *small, *taken, "policy_from=runs/tuned", "out=runs/tuned_guided")
-    assert checkpoint.load(cloned / "runs/tuned_guided").node["policy"]["_target_"] == "algos.dppo.ChainActor"
+    assert checkpoint.load(cloned / "runs/tuned_guided").node["policy"]["_target_"] == "dprl.chain.ChainActor"
 
 
 def test_inspect_data(command, cloned):
@@ -408,7 +408,7 @@ def test_bad_input_is_one_message_and_nothing_written(in_process, cloned, name):
     (cloned / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
     (cloned / "empty.hdf5").write_bytes(b"")
     (cloned / "worse.py").write_text("no_such_name\n")
-    tuned = {"_target_": "algos.dppo.ChainActor", "tuned_steps": 2, "min_std": 0.1, "noise_limit": 3.0}
+    tuned = {"_target_": "dprl.chain.ChainActor", "tuned_steps": 2, "min_std": 0.1, "noise_limit": 3.0}
     base = checkpoint.load(cloned / "runs/avoid-bc-0")
     node = tuned | {"policy": base.node}
     checkpoint.save(cloned / "tuned", checkpoint.build(node, "test"), node=node, task="avoid", trainer={})

@@ -10,7 +10,8 @@ from conftest import diffusion, vec
 from tensordict import TensorDict
 from test_diffusion import train
 
-from algos.dppo import DPPO, ChainActor, clip_ranges, policy_loss, value_loss
+from algos.dppo import DPPO, clip_ranges, policy_loss, value_loss
+from dprl.chain import ChainActor
 from dprl.envs.collect import Collector, Rollout
 from dprl.errors import UserError
 from dprl.evaluate import evaluate

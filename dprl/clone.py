@@ -74,7 +74,7 @@ class Cloner:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             every = torch.arange(len(windows), device=windows.act.device)
-            losses = [float(self.averaged.loss(*windows[part])) * len(part) for part in every.split(4096)]  # type: ignore[operator]
+            losses = [float(self.averaged.loss(*windows[part])) * len(part) for part in every.split(self.s.batch)]  # type: ignore[operator]
         return sum(losses) / len(windows)
 
     def state_dict(self) -> dict[str, Any]:

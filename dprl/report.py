@@ -150,30 +150,47 @@ def curves(runs: dict[str, list[dict[str, Any]]], key: str) -> Any:
     return figure
 
 
+def headline(side: dict[str, Any]) -> str:
+    """What a summary is judged by: what its task measures, else success, else return."""
+    own = measures({"bc": side})
+    return own[0] if own else "return" if side["success"] is None else "success"
+
+
 def sweep(rows: Sequence[dict[str, Any]], key: str) -> Any:
-    """Success, or return where there is none, against the setting ``key``, a line for each value of the others."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    what = "return" if rows[0]["success"] is None else "success"
+    """What the task is judged by, against the setting ``key`` and against a chunk's time if rows tell it, a line for each
+    value of the other settings."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if key in row["settings"]:
             name = ", ".join(f"{k}={v}" for k, v in row["settings"].items() if k != key)
             lines.setdefault(name, []).append(row)
-    numbers = all(isinstance(row["settings"][key], int | float) for line in lines.values() for row in line)
+    every = [row for line in lines.values() for row in line]
+    numbers = all(isinstance(row["settings"][key], int | float) for row in every)
+    what, timed = headline(every[0]), all("chunk_ms" in row for row in every)
+    figure, axes = pyplot().subplots(1, 1 + timed, figsize=(5 * (1 + timed), 4), sharey=True, layout="constrained", squeeze=False)
     for name, line in lines.items():
         if numbers:
             line.sort(key=lambda row: row["settings"][key])
-        x = [row["settings"][key] if numbers else str(row["settings"][key]) for row in line]
+        settings = [row["settings"][key] if numbers else str(row["settings"][key]) for row in line]
+        y = [row[what] for row in line]
         low, high = zip(*(row[f"{what}_ci95"] for row in line), strict=True)
-        drawn = axis.plot(x, [row[what] for row in line], marker=".", label=name or None)
-        axis.fill_between(x, low, high, color=drawn[0].get_color(), alpha=0.15, lw=0)
-    axis.set(xlabel=key, ylabel=what)
-    if numbers and min(row["settings"][key] for line in lines.values() for row in line) > 0:
-        axis.set_xscale("log", base=2)
+        drawn = axes[0][0].plot(settings, y, marker=".", label=name or None)
+        axes[0][0].fill_between(settings, low, high, color=drawn[0].get_color(), alpha=0.15, lw=0)
+        if timed:
+            ms = [row["chunk_ms"] for row in line]
+            down, up = np.subtract(y, low), np.subtract(high, y)
+            axes[0][1].errorbar(ms, y, yerr=[down, up], fmt=".", color=drawn[0].get_color())
+            for x, v, setting in zip(ms, y, settings, strict=True):
+                axes[0][1].annotate(str(setting), (x, v), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes[0][0].set(xlabel=key, ylabel=what.replace("_", " "))
+    if numbers and min(row["settings"][key] for row in every) > 0:
+        axes[0][0].set_xscale("log", base=2)
+    if timed:
+        axes[0][1].set(xlabel="ms to a chunk, one observation", xscale="log")
     if any(lines):
-        axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
+        axes[0][0].legend(fontsize=8)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
     return figure
 
 

@@ -7,8 +7,6 @@ python scripts/benchmark.py --threads 1
 
 import argparse
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from dprl.networks.critic import ChunkValue, PlainValue
 from dprl.networks.mlp import MLPDenoiser
 from dprl.report import markdown
 from dprl.schedule import Schedule
+from dprl.timing import median_seconds
 from dprl.versions import versions
 
 ROOT = Path(__file__).parent.parent
@@ -131,21 +130,6 @@ def rows() -> list[Row]:
     return [*out, Row("IDQL critic update, batch 256", "updates/s", partial(idql().learner.update, 100), count=100)]
 
 
-def timed(row: Row, *, repeats: int, least: float) -> float:
-    """The median of ``repeats`` timings of a call, each of at least ``least`` seconds of calls."""
-    row.work()
-    start = time.perf_counter()
-    row.work()
-    calls = max(1, round(least / (time.perf_counter() - start)))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            row.work()
-        seconds.append((time.perf_counter() - start) / calls)
-    return statistics.median(seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -159,7 +143,7 @@ def main() -> None:
     for row in rows():
         if arguments.only not in row.name:
             continue
-        seconds = timed(row, repeats=arguments.repeats, least=arguments.least)
+        seconds = median_seconds(row.work, repeats=arguments.repeats, least=arguments.least)
         value = 1000 * seconds if row.unit == "ms" else row.count / seconds
         ratio = value / taken[row.against]["dprl"] if row.against in taken else None
         taken[row.name] = {"name": row.name, "unit": row.unit, "dprl": value, "against": row.against, "ratio": ratio}

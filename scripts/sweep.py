@@ -4,7 +4,8 @@ python scripts/sweep.py runs/hopper-idql-0 candidates=1,2,4,8,16,32,64 select=ar
 python scripts/sweep.py runs/hopper-idql-0 candidates=8 --episodes 400 --validation
 
 Every combination runs the same whole episodes, the run's held-out ones unless --validation is given. Writes sweep.json
-and sweep.png beside the run; a sweep that was cut off goes on, and one with more values adds to the file.
+and sweep.png beside the run, with the time from one observation to a chunk; a sweep that was cut off goes on, and one with
+more values adds to the file.
 """
 
 import argparse
@@ -18,10 +19,13 @@ import torch
 from omegaconf import DictConfig
 
 from dprl import checkpoint, report, setup
+from dprl.envs.collect import to_torch
 from dprl.envs.vector import VecEnv
 from dprl.errors import UserError, found
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import read_json, write_json
+from dprl.policy import device_of
+from dprl.timing import median_seconds
 from dprl.versions import versions
 
 
@@ -67,12 +71,19 @@ def sweep(run: Path, grid: dict[str, list[Any]], *, episodes: int | None, valida
         if envs is None or envs.act_steps != actor.act_steps:  # another length of chunks wants other environments
             envs = setup.environments(cfg, actor, num_envs=min(cfg.evaluation.num_envs, count))
         evaluation = evaluate(actor, envs, seeds)
-        rows.append(asked | evaluation.summary())
+        rows.append(asked | evaluation.summary() | {"chunk_ms": 1000 * latency(actor, envs), "threads": torch.get_num_threads()})
         write_json(out, {"task": cfg.task.name, "run": run.name, "rows": rows, "versions": versions()})
         print(f"{', '.join(f'{k}={v}' for k, v in settings.items())}: {evaluation.describe()}", flush=True)
     if envs:
         envs.close()
     return [row for row in rows if any(asked.items() <= row.items() for asked in wanted)]
+
+
+@torch.no_grad()
+def latency(actor: Any, envs: VecEnv) -> float:
+    """Seconds from one observation to a chunk."""
+    obs = to_torch(envs.reset(seeds=[0] * envs.num_envs), device_of(actor))[:1]
+    return median_seconds(lambda: actor(obs), repeats=5, least=0.1)
 
 
 def main() -> None:

@@ -51,6 +51,12 @@ def run(name: str, task: str, algo: str, seed: int, *arguments: str) -> None:
     shutil.copy(out / "result.json", ROOT / "results" / f"{out.name}.json")
 
 
+def swept(run: str, *grid: str) -> None:
+    """A run's policy with other settings, and the numbers of all its sweeps."""
+    program("scripts/sweep.py", f"runs/{run}", *grid)
+    shutil.copy(f"runs/{run}/sweep.json", ROOT / "results" / "sweeps" / f"{run}.json")
+
+
 def figure(name: str, out: Path, seed: int, which: str = "comparison") -> None:
     """The first seed's figure, for the documentation."""
     if seed == 0:
@@ -70,6 +76,8 @@ def logged(folder: str, data: str, seed: int) -> None:
     guided = ["algo=guided", path, f"name=guided_{name}", base, f"algo.critic_from=runs/{task}-idql_{name}-{seed}", *GUIDED]
     run("finetune.py", task, f"guided_{name}", seed, *guided)
     run("finetune.py", task, f"both_{name}", seed, *guided, FEW, f"name=both_{name}")
+    if data == "medium_replay":
+        swept(f"{task}-guided_{name}-{seed}", "normalize=sample,data", "scale=0.05,0.1,0.2,0.3,0.4")
     figure(f"{task}_guided_{name}", Path(f"runs/{task}-guided_{name}-{seed}"), seed, "choices")
     if seed and data == "medium":  # a sweep of long episodes takes longer than the training; its first seed shows the shape
         return
@@ -79,16 +87,14 @@ def logged(folder: str, data: str, seed: int) -> None:
         ["candidates=8", "select=softmax", "temperature=0.03", "--episodes", "50"],
     )
     for grid in few if task == "halfcheetah" else many:
-        program("scripts/sweep.py", f"runs/{task}-idql_{name}-{seed}", *grid)
-    shutil.copy(f"runs/{task}-idql_{name}-{seed}/sweep.json", ROOT / "results" / "sweeps" / f"{task}-idql_{name}-{seed}.json")
+        swept(f"{task}-idql_{name}-{seed}", *grid)
 
 
 def asking(folder: str, seed: int) -> None:
     """A policy conditioned on the return, and what it does as more is asked for."""
     path = f"data.path={Path(folder) / 'hopper-medium-replay.hdf5'}"
     run("pretrain.py", "hopper", "bc_return", seed, path, "name=bc_return", "policy/condition=return", *SMALL)
-    program("scripts/sweep.py", f"runs/hopper-bc_return-{seed}", "condition.weight=0,1,1.5,2,3", "condition.target=0.7,0.9,1.1")
-    shutil.copy(f"runs/hopper-bc_return-{seed}/sweep.json", ROOT / "results" / "sweeps" / f"hopper-bc_return-{seed}.json")
+    swept(f"hopper-bc_return-{seed}", "condition.weight=0,1,1.5,2,3", "condition.target=0.7,0.9,1.1")
 
 
 def main() -> None:

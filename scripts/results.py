@@ -120,10 +120,15 @@ def sweep_table() -> str:
                     == (n, select, temperature)
                     and row["first_seed"] >= 40000  # held out
                 ]
-                spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
-                cells.append(f"{sum(values) / len(values):.0f}{spread}" if values else "")
+                cells.append(_mean(values))
             lines.append([data, select if temperature is None else f"softmax, {temperature}", *cells])
     return markdown(lines, ["data", "selection", *(f"n = {n}" for n in CANDIDATES)])
+
+
+def _mean(values: list[float]) -> str:
+    """The mean over seeds, least to greatest in brackets."""
+    spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.0f}{spread}" if values else ""
 
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
@@ -147,23 +152,15 @@ def swept_table(name: str) -> str:
     )
 
 
-def asking_table() -> str:
-    """Return against what a conditioned policy was asked for, a line a target, a column a weight: the mean over seeds."""
-    runs = [read_json(path)["rows"] for path in sorted((ROOT / "results" / "sweeps").glob("hopper-bc_return-*.json"))]
-    weights = sorted({row["settings"]["condition.weight"] for rows in runs for row in rows})
-    lines = []
-    for target in sorted({row["settings"]["condition.target"] for rows in runs for row in rows}):
-        cells = []
-        for weight in weights:
-            of = [
-                row["return"]
-                for rows in runs
-                for row in rows
-                if (row["settings"]["condition.target"], row["settings"]["condition.weight"]) == (target, weight)
-            ]
-            cells.append(f"{sum(of) / len(of):.0f} ({min(of):.0f}-{max(of):.0f})" if of else "")
-        lines.append([f"{target:g}", *cells])
-    return markdown(lines, ["target", *(f"weight {weight:g}" for weight in weights)])
+def grid_table(pattern: str, down: str, across: str) -> str:
+    """Return in sweeps over two settings, a line for each value of ``down``: the mean over seeds."""
+    runs = [read_json(path)["rows"] for path in sorted((ROOT / "results" / "sweeps").glob(pattern))]
+    cells = defaultdict(list)
+    for row in (row for rows in runs for row in rows):
+        cells[row["settings"][down], row["settings"][across]].append(row["return"])
+    columns = sorted({key[1] for key in cells})
+    lines = [[str(value), *(_mean(cells[value, column]) for column in columns)] for value in sorted({key[0] for key in cells})]
+    return markdown(lines, [down, *(f"{across} {column:g}" for column in columns)])
 
 
 def main_table(groups: dict, algos: Iterable[str]) -> str:
@@ -246,7 +243,8 @@ def main() -> None:
             "results": guided_table(groups),
             "function": main_table(groups, ("guided_clear",)),
             "rollouts": main_table(groups, ("guided_rollouts",)),
-            "asking": asking_table(),
+            "asking": grid_table("hopper-bc_return-*.json", "condition.target", "condition.weight"),
+            "lengths": grid_table("hopper-guided_medium_replay-*.json", "normalize", "scale"),
             "ways": ways_table(groups, "guided_clear"),
         },
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},

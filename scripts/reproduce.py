@@ -83,7 +83,7 @@ def logged(folder: str, data: str, seed: int) -> None:
         return
     many = (["candidates=1,2,4,8,16,32,64", "select=argmax"], ["candidates=8,32,64", "select=softmax", "temperature=0.03,0.1"])
     few = (
-        ["candidates=1,2,4,8", "select=argmax", "--episodes", "50"],
+        ["candidates=1,2,4,8,32", "select=argmax", "--episodes", "50"],
         ["candidates=8", "select=softmax", "temperature=0.03", "--episodes", "50"],
     )
     for grid in few if task == "halfcheetah" else many:

@@ -163,6 +163,17 @@ def grid_table(pattern: str, down: str, across: str) -> str:
     return markdown(lines, [down, *(f"{across} {column:g}" for column in columns)])
 
 
+def cost_table(word: str) -> str:
+    """Benchmark rows of that name beside the plain rows they are compared with."""
+    rows = {row["name"]: row for row in read_json(ROOT / "benchmarks" / "latest.json")["rows"]}
+    lines = [
+        [row["name"], f"{row['dprl']:.3g} {row['unit']}", f"{rows[row['against']]['dprl']:.3g}", f"{row['ratio']:.2f}"]
+        for row in rows.values()
+        if word in row["name"] and row["against"]
+    ]
+    return markdown(lines, ["work", "takes", "plain sampling", "ratio"])
+
+
 def main_table(groups: dict, algos: Iterable[str]) -> str:
     """A row a run: BC, tuned, and the budget."""
     rows = []
@@ -237,11 +248,13 @@ def main() -> None:
         "docs/idql.md": {
             "results": offline_table(groups),
             "candidates": sweep_table(),
+            "cost": cost_table("ranking"),
             "online": main_table(groups, ("idql", "sac", "ppo")),
         },
         "docs/guided.md": {
             "results": guided_table(groups),
             "function": main_table(groups, ("guided_clear",)),
+            "cost": cost_table("guided"),
             "rollouts": main_table(groups, ("guided_rollouts",)),
             "asking": grid_table("hopper-bc_return-*.json", "condition.target", "condition.weight"),
             "lengths": grid_table("hopper-guided_medium_replay-*.json", "normalize", "scale"),

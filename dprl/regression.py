@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from dprl.networks.mlp import trunk
 from dprl.normalize import Obs
-from dprl.policy import ChunkPolicy, masked_mse
+from dprl.policy import ChunkPolicy, masked_mse, vector_size
 
 
 class RegressionPolicy(ChunkPolicy):
@@ -14,7 +14,7 @@ class RegressionPolicy(ChunkPolicy):
         super().__init__(**sizes)
         self.net = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(self.obs_steps * self.obs_shape[-1], width),
+            nn.Linear(self.obs_steps * vector_size(self.obs_shape, self), width),
             trunk(width, layers, activation),
             nn.Linear(width, self.horizon * self.act_dim),
             nn.Unflatten(1, (self.horizon, self.act_dim)),

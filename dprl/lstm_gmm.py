@@ -21,10 +21,10 @@ class LSTMGMMPolicy(StepwisePolicy):
 
     The paper's policy says one action a step, looks again and keeps its state for an episode. Here the state begins anew at
     each chunk, and since that is drawn without looking, the LSTM is fed the actions drawn so far, so that a chunk keeps to
-    the mode that its first step took. An MLP before the LSTM, which the paper has for images alone, makes it learn faster.
+    the mode that its first step took. An MLP before the LSTM, not the paper's, makes it learn faster.
 
-    ``min_std``: the least s_m, in normalised units (the paper's is 1e-4). ``eval_std``: in ``eval`` mode actions are drawn with this std in place
-    of s_m, as the paper's are (low-noise evaluation); None: with s_m. The loss never uses it.
+    ``min_std``: the least s_m, in normalised units (robomimic's is 1e-4). ``eval_std``: in ``eval`` mode actions are drawn
+    with this std in place of s_m, as robomimic's are (low-noise evaluation); None: with s_m. The loss never uses it.
     """
 
     def __init__(

@@ -152,10 +152,14 @@ def repeated(rows: Any, n: int) -> Any:
     return rows if n == 1 else rows.repeat_interleave(n, 0)
 
 
+def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the steps that exist of a number a step: ``value``, ``mask`` [N, H]."""
+    return (value * mask).sum() / mask.sum().clamp(min=1)
+
+
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over the steps that exist. ``pred``, ``target`` [N, H, A], ``mask`` [N, H]."""
-    error = (pred - target).square().mean(-1)  # [N, H]
-    return (error * mask).sum() / mask.sum().clamp(min=1)
+    return masked_mean((pred - target).square().mean(-1), mask)
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,6 +1,7 @@
 """What tests share: small environments and policies, and the command lines in a folder of their own."""
 
 import os
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from dprl.diffusion import DiffusionPolicy
 from dprl.envs.observe import flatten
 from dprl.envs.vector import VecEnv, make_vec
 from dprl.networks.mlp import MLPDenoiser
+from dprl.regression import RegressionPolicy
 from dprl.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +73,12 @@ def diffusion(
         obs_steps=obs_steps,
         obs_limit=None,
     )
+
+
+def regression(*, obs_dim: int = 1, act_dim: int = 1, horizon: int = 4) -> RegressionPolicy:
+    """A small policy that says the mean."""
+    sizes = dict(act_dim=act_dim, horizon=horizon, act_steps=horizon, obs_steps=1, obs_limit=None)
+    return RegressionPolicy(width=64, layers=3, activation="ReLU", obs_shape=[obs_dim], **sizes)
 
 
 def train(policy, obs, act, *, steps: int, lr: float = 2e-3, batch: int = 256):
@@ -126,5 +134,25 @@ def command(tmp_path):
         if status is not None:
             assert done.returncode == status, done.stdout + done.stderr
         return done
+
+    return call
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Runs a program as ``python <program>`` would, without the cost of a process: its status and what it printed."""
+
+    def call(program: str, *arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        sys.modules.pop("bad", None)
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
 
     return call

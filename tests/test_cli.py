@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -45,26 +44,6 @@ def cloned_once(tmp_path_factory):
     for program, *arguments in (["scripts/demonstrations.py", "episodes=6"], ["pretrain.py", *CLONE]):
         subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, env=ENV, check=True, capture_output=True)
     return folder
-
-
-@pytest.fixture
-def in_process(tmp_path, monkeypatch, capsys):
-    """Runs a program as ``python <program>`` would, without the cost of a process: its status and what it printed."""
-
-    def call(program: str, *arguments: str) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [program, *arguments])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        sys.modules.pop("bad", None)
-        try:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
-
-    return call
 
 
 def result(run) -> dict:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import diffusion, train
+from conftest import diffusion, regression, train
 
 from dprl.errors import UserError
 from dprl.policy import masked_mse
-from dprl.regression import RegressionPolicy
 
 
 @pytest.mark.parametrize(("obs_steps", "horizon", "act_steps"), [(1, 4, 4), (2, 8, 4), (3, 5, 1)])
@@ -93,14 +92,7 @@ def test_bc_fits_two_modes_where_mse_averages_them(predict):
     assert abs(float(up.median()) - 1.5) < 0.12
     assert abs(float(down.median()) + 1.5) < 0.12
     assert float((drawn.abs() - 1.5).abs().quantile(0.9)) < 0.35
-    average = train(
-        RegressionPolicy(
-            width=64, layers=3, activation="ReLU", obs_shape=[1], act_dim=1, horizon=4, act_steps=4, obs_steps=1, obs_limit=None
-        ),
-        obs,
-        act,
-        steps=600,
-    )
+    average = train(regression(), obs, act, steps=600)
     assert float(average(where)[0].detach().abs().mean()) < 0.3
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dprl import checkpoint
 from dprl.errors import found
 from dprl.files import read_json
-from dprl.normalize import Obs
+from dprl.normalize import MinMax, Obs
 from dprl.optim import polyak
 from dprl.policy import Actor, frozen
 
@@ -55,17 +55,19 @@ class Critic(nn.Module):
         obs = self.obs_norm(obs)
         return [q.encode(obs) for q in (self.target if target else self.q)]  # type: ignore[operator]
 
-    def slope(self, obs: Obs, members: int, conds: list[Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-        """The slope of the mean target Q of the first ``members``, as a function of normalised chunks [N, n, Ta, A]."""
-        conds, nets = (self.encode(obs) if conds is None else conds)[:members], list(self.target)[:members]
+    def slope(self, obs: Obs, members: int, norm: MinMax) -> Callable[[Tensor], Tensor]:
+        """The slope of the mean target Q of the first ``members``, as a function of chunks [N, n, Ta, A] in ``norm``'s units."""
+        conds, nets = self.encode(obs)[:members], list(self.target)[:members]
+        gain, shift = norm.scale / self.act_norm.scale, (norm.offset - self.act_norm.offset) / self.act_norm.scale
         if hasattr(nets[0], "slopes"):
-            each = nets[0].slopes(nets, conds)  # type: ignore[operator]
-            return lambda act: each(act).mean(0)
+            each = nets[0].slopes(nets, conds, gain, shift)  # type: ignore[operator]
+            return lambda x: each(x).mean(0)
 
-        def by_autograd(act: Tensor) -> Tensor:
+        def by_autograd(x: Tensor) -> Tensor:
             with torch.enable_grad():
-                at = act.detach().requires_grad_()
-                total = torch.stack([q(cond, at).sum() for q, cond in zip(nets, conds, strict=True)]).mean()
+                at = x.detach().requires_grad_()
+                act = gain * at + shift
+                total = torch.stack([q(cond, act).sum() for q, cond in zip(nets, conds, strict=True)]).mean()
                 return torch.autograd.grad(total, at)[0]
 
         return by_autograd
@@ -73,7 +75,7 @@ class Critic(nn.Module):
     @torch.no_grad()
     def survey(self, obs: Obs, act: Tensor) -> None:
         """Notes how steep Q is at logged chunks [N, Ta, A]."""
-        g = self.slope(obs, len(self.target))(self.act_norm(act)[:, None])
+        g = self.slope(obs, len(self.target), self.act_norm)(self.act_norm(act)[:, None])
         self.steepness.copy_(torch.linalg.vector_norm(g.flatten(1), dim=1).mean())
 
     def values(self, obs: Obs, act: Tensor, *, target: bool = True, conds: list[Tensor] | None = None) -> Tensor:

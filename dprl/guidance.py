@@ -123,10 +123,10 @@ class GuidedActor(Wrapper):
             else:
                 x0 = estimate(x)  # no gradient passes through the denoiser unless it is asked for
                 g = slope(x if self.energy is not None else x0, i)
-            unit = nn.functional.normalize(g.flatten(1), eps=1e-12).view_as(g) if self.steepness is None else g / self.steepness
-            if self.scale > self.limit or self.steepness is not None:
-                unit = unit.clamp(-self.limit / self.scale, self.limit / self.scale)
-            return x0.add(unit, alpha=2 * self.scale)  # the range is 2 wide
+            length = torch.linalg.vector_norm(g, dim=(1, 2), keepdim=True).clamp_min(1e-12) if self.steepness is None else self.steepness
+            if self.steepness is None and self.scale <= self.limit:  # no number can move further than the limit
+                return torch.addcdiv(x0, g, length, value=2 * self.scale)  # the range is 2 wide
+            return x0 + (g * (2 * self.scale / length)).clamp(-2 * self.limit, 2 * self.limit)
 
         return push
 
@@ -143,14 +143,11 @@ class GuidedActor(Wrapper):
             return slope
         critic = self.critic
         assert critic is not None
-        up = critic.slope(obs, self.guides)
-        mine, its = self.act_norm, critic.act_norm
-        gain, shift = mine.scale / its.scale, (mine.offset - its.offset) / its.scale  # from the policy's units to the critic's
+        up = critic.slope(obs, self.guides, self.act_norm)
         before, after = self.obs_steps - 1, self.policy.horizon - self.obs_steps + 1 - self.act_steps  # steps not executed
 
         def of_critic(x0: Tensor, i: int) -> Tensor:
-            act = torch.addcmul(shift, self.executed(x0), gain).unflatten(0, (-1, n))  # [N, n, Ta, A]
-            g = (up(act) * gain).flatten(0, 1)
+            g = up(self.executed(x0).unflatten(0, (-1, n))).flatten(0, 1)  # of [N, n, Ta, A]
             return nn.functional.pad(g, (0, 0, before, after)) if before or after else g
 
         return of_critic

@@ -206,7 +206,7 @@ def test_slopes_over_the_datas_mean_leave_flat_places_alone():
     actor, obs = guided(policy, normalize="data", start=9, scale=0.1), torch.zeros(3, 1, 1)
     steep = torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
     actor.critic.steepness.fill_(2.0)
-    actor.critic.slope = lambda obs, members: lambda act: steep.unsqueeze(1)
+    actor.critic.slope = lambda obs, members, norm: lambda act: steep.unsqueeze(1)
     moved = plain(actor, obs) - plain(policy, obs)
     torch.testing.assert_close(moved, 0.2 * steep / 2.0, atol=1e-5, rtol=0)
     actor.limit = 0.05

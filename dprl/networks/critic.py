@@ -75,18 +75,22 @@ class ChunkValue(nn.Module):
         return self.rest(self.chunk(act.flatten(2)) + cond[:, None]).squeeze(-1)
 
     @staticmethod
-    def slopes(members: "Sequence[ChunkValue]", conds: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        """dQ / d act by each of E ``members`` of one shape, without autograd, as a function of ``act`` [N, n, Ta, A]: [E, N, n, Ta, A].
+    def slopes(members: "Sequence[ChunkValue]", conds: Sequence[Tensor], gain: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
+        """dQ(gain x + shift) / dx by each of E ``members`` of one shape, without autograd, as a function of ``x`` [N, n, Ta, A]:
+        [E, N, n, Ta, A].
 
-        ``conds`` [N, W] are what each made of the observation.
+        ``conds`` [N, W] are what each made of the observation; ``gain`` and ``shift`` [A].
         """
         rest = slope.slopes([[*q.rest[0], q.rest[1]] for q in members])  # type: ignore[misc]
-        weight, cond = torch.stack([q.chunk.weight for q in members]), torch.stack(list(conds))  # [E, W, Ta A], [E, N, W]
+        weight = torch.stack([q.chunk.weight for q in members])  # [E, W, Ta A]
+        steps = weight.shape[-1] // len(gain)
+        cond = torch.stack(list(conds)) + (weight @ shift.repeat(steps))[:, None]  # [E, N, W]
+        weight = weight * gain.repeat(steps)  # gain and shift are a part of the first layer from here on
 
-        def of(act: Tensor) -> Tensor:
-            rows = act.flatten(2).flatten(0, 1).expand(len(members), -1, -1)  # [E, N n, Ta A]
-            seen = cond if act.shape[1] == 1 else cond.repeat_interleave(act.shape[1], 1)
-            return torch.bmm(rest(torch.baddbmm(seen, rows, weight.mT)), weight).view(-1, *act.shape)
+        def of(x: Tensor) -> Tensor:
+            rows = x.flatten(2).flatten(0, 1).expand(len(members), -1, -1)  # [E, N n, Ta A]
+            seen = cond if x.shape[1] == 1 else cond.repeat_interleave(x.shape[1], 1)
+            return torch.bmm(rest(torch.baddbmm(seen, rows, weight.mT)), weight).view(-1, *x.shape)
 
         return of
 

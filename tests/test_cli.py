@@ -194,6 +194,16 @@ def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(comman
         assert not (cloned / f"runs/{out}").exists()
 
 
+def test_ways_are_drawn_and_counted(command, cloned):
+    done = command("scripts/ways.py", "data/avoid-0.hdf5", "BC=runs/avoid-bc-0", "--episodes", "6")
+    told = json.loads((cloned / "runs/ways/ways.json").read_text())["policies"]
+    assert told["demonstrations"]["success"] == 1.0 and told["demonstrations"]["modes"]["count"] == told["demonstrations"]["n"] > 0
+    assert told["BC"]["n"] == 6 and "ways.png" in done.stdout
+    assert (cloned / "runs/ways/ways.png").stat().st_size > 10_000
+    done = command("scripts/ways.py", "data/avoid-0.hdf5", "runs/avoid-bc-0", status=2)
+    assert "name=folder" in done.stderr
+
+
 def test_guidance_chooses_its_scale_and_composes(command, cloned):
     small = [*TUNE, "algo.offline_steps=20", "algo.updates=10", "algo.batch=16", "algo.critic_warmup=5", "data.path=data/avoid-0.hdf5"]
     command("finetune.py", *small, "algo=guided", "algo.scales=[0,0.1]", "out=runs/guided")
@@ -422,7 +432,7 @@ def test_episodes_shorter_than_a_chunk_are_legal(command, cloned):
     assert result(cloned / "runs/short")["bc"]["n"] == 6
 
 
-SCRIPTS = ("demonstrations", "compare", "sweep", "inspect_data", "baseline_sb3")
+SCRIPTS = ("demonstrations", "compare", "sweep", "ways", "inspect_data", "baseline_sb3")
 
 
 @pytest.mark.parametrize("program", ["pretrain.py", "finetune.py", *(f"scripts/{name}.py" for name in SCRIPTS)])

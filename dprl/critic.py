@@ -78,13 +78,10 @@ class Critic(nn.Module):
         g = self.slope(obs, len(self.target), self.act_norm)(self.act_norm(act)[:, None])
         self.steepness.copy_(torch.linalg.vector_norm(g.flatten(1), dim=1).mean())
 
-    def values(self, obs: Obs, act: Tensor, *, target: bool = True, conds: list[Tensor] | None = None) -> Tensor:
-        """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once, or not at all where ``conds``,
-        what ``encode`` made of it, are given."""
-        act = self.act_norm(act)
-        nets = self.target if target else self.q
-        conds = self.encode(obs, target=target) if conds is None else conds
-        return torch.stack([q(cond, act) for q, cond in zip(nets, conds, strict=True)])
+    def values(self, obs: Obs, act: Tensor, *, target: bool = True) -> Tensor:
+        """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once."""
+        act, nets = self.act_norm(act), self.target if target else self.q
+        return torch.stack([q(cond, act) for q, cond in zip(nets, self.encode(obs, target=target), strict=True)])
 
     def score(self, obs: Obs, act: Tensor) -> Tensor:
         """The least of the target members' Qs of ``act`` [N, n, Ta, A]: [N, n]."""

@@ -83,7 +83,7 @@ class Fixed(ChunkPolicy):
         self.act = torch.nn.Parameter(torch.tensor(act))
 
     def loss(self, obs, act, mask):
-        raise NotImplementedError
+        return 0 * self.act.sum()
 
     def forward(self, obs):
         return self.act.expand(len(obs), -1, -1).detach(), {}

@@ -16,17 +16,19 @@ from dprl.files import write_json
 from dprl.log import Metrics, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
+from dprl.precision import arithmetic
 
 
 class Cloner:
     """A policy, its optimizer and its average, trained on windows of episodes.
 
-    ``settings``: steps batch lr lr_final warmup weight_decay max_grad_norm ema padding.
+    ``settings``: steps batch lr lr_final warmup weight_decay max_grad_norm ema padding precision.
     """
 
     def __init__(self, policy: ChunkPolicy, episodes: Episodes, *, settings: DictConfig, seed: int, device: torch.device):
         self.s = settings
         self.policy, self.device = policy, device
+        self.arithmetic = arithmetic(settings.precision, device)
         self.windows = self.windows_of(episodes)
         policy.fit_normalizers(self.windows.obs, self.windows.act)
         if self.windows.labels is not None:
@@ -57,7 +59,8 @@ class Cloner:
             rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
             set_lr(self.optimizer, rate)
             batch = self.order(self.step).to(self.windows.act.device)
-            loss = self.policy.loss(*self.windows[batch])
+            with self.arithmetic:
+                loss = self.policy.loss(*self.windows[batch])
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norms = norms + nn.utils.clip_grad_norm_(parameters, max_norm).detach()

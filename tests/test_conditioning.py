@@ -70,7 +70,16 @@ def logged(n: int = 300) -> Episodes:
 def test_asks_for_what_pays():
     policy = diffusion(condition=partial(Returns, **SETTINGS), width=64)
     settings = dict(
-        padding="masked", steps=600, batch=128, lr=2e-3, lr_final=1e-4, warmup=0.02, weight_decay=0.0, max_grad_norm=1.0, ema=0.99
+        precision="fp32",
+        padding="masked",
+        steps=600,
+        batch=128,
+        lr=2e-3,
+        lr_final=1e-4,
+        warmup=0.02,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        ema=0.99,
     )
     cloner = Cloner(policy, logged(), settings=DictConfig(settings), seed=0, device=torch.device("cpu"))
     cloner.train(600)

@@ -180,7 +180,16 @@ def cloned(logged: Episodes):
 
     policy = diffusion(act_steps=4, width=64)
     settings = dict(
-        padding="masked", steps=700, batch=128, lr=2e-3, lr_final=1e-4, warmup=0.02, weight_decay=0.0, max_grad_norm=1.0, ema=0.99
+        precision="fp32",
+        padding="masked",
+        steps=700,
+        batch=128,
+        lr=2e-3,
+        lr_final=1e-4,
+        warmup=0.02,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        ema=0.99,
     )
     cloner = Cloner(policy, logged, settings=DictConfig(settings), seed=0, device=torch.device("cpu"))
     cloner.train(700)

@@ -13,13 +13,14 @@ from dprl.errors import UserError
 from dprl.networks.dit import DiTDenoiser
 from dprl.networks.mlp import MLPDenoiser
 from dprl.networks.transformer import TransformerDenoiser
-from dprl.networks.unet import UNetDenoiser
+from dprl.networks.unet import Double, Norm, UNetDenoiser, Window
 from dprl.optim import ema
 from dprl.policy import repeated
+from dprl.precision import arithmetic
 
 TINY = {
     "mlp": partial(MLPDenoiser, width=32, layers=3, activation="Mish", time_size=8),
-    "unet": partial(UNetDenoiser, channels=[16, 32, 32], kernel=3, groups=4, time_size=16),
+    "unet": partial(UNetDenoiser, channels=[16, 32, 32], kernel=3, groups=4, activation="Mish", time_size=16),
     "transformer": partial(TransformerDenoiser, width=32, layers=2, heads=2, dropout=0.2, token_dropout=0.1),
     "dit": partial(DiTDenoiser, width=32, layers=2, heads=2, time_size=16),
 }
@@ -207,6 +208,45 @@ def test_a_diffusion_transformer_begins_as_zero_and_each_layer_as_the_identity()
 def test_bad_settings_are_told(name, changes, message):
     with pytest.raises(UserError, match=message):
         TINY[name](**SIZES | changes)
+
+
+def test_the_unets_parts_are_the_convolutions_they_stand_for():
+    x = torch.randn(3, 8, 4, dtype=torch.float64, requires_grad=True)
+    by_steps = x.transpose(1, 2)  # [N, C, L], as torch's convolutions have it
+
+    def agree(ours, theirs):
+        theirs = theirs.transpose(1, 2)
+        torch.testing.assert_close(ours, theirs)
+        weight = torch.randn_like(ours)
+        torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, theirs)))
+
+    for reach, every_other in ((0, 1), (1, 2), (2, 1)):
+        window = Window(4, 6, reach, every_other).double()
+        weight = window.weight.unflatten(1, (-1, 4)).transpose(1, 2)  # [out, in, kernel]
+        agree(window(x), nn.functional.conv1d(by_steps, weight, window.bias, stride=every_other, padding=reach))
+    double = Double(4).double()
+    with torch.no_grad():
+        double.bias.zero_()
+    (w2, w0), (w3, w1) = (part.t().chunk(2) for part in double.weight.unflatten(0, (2, 4)))  # odd steps, even steps
+    agree(double(x), nn.functional.conv_transpose1d(by_steps, torch.stack([w0, w1, w2, w3], -1), stride=2, padding=1))
+    norm = Norm(2, 4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    torch.testing.assert_close(
+        norm(x.detach().float()), nn.GroupNorm.forward(norm, by_steps.detach().float()).transpose(1, 2), atol=1e-5, rtol=1e-4
+    )
+
+
+@every
+def test_bfloat16_computes_nearly_the_same(name):
+    net, (x, k, obs) = built(name), inputs(64)
+    exact = net(x, k, net.encode(obs))
+    with arithmetic("bf16", torch.device("cpu")):
+        rounded = net(x, k, net.encode(obs))
+    error = (rounded.float() - exact).norm() / exact.norm()
+    assert 0 < error < 0.03
+    with pytest.raises(UserError, match="fp32 or bf16"):
+        arithmetic("bf17", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_bad_settings_are_told(changes, message):
 
 INNER = {
     "mlp": partial(MLPDenoiser, width=32, layers=3, activation="Mish", time_size=8),
-    "unet": partial(UNetDenoiser, channels=[16, 32], kernel=3, groups=4, time_size=16),
+    "unet": partial(UNetDenoiser, channels=[16, 32], kernel=3, groups=4, activation="Mish", time_size=16),
     "transformer": partial(TransformerDenoiser, width=32, layers=2, heads=2, dropout=0.1, token_dropout=0.0),
     "dit": partial(DiTDenoiser, width=32, layers=2, heads=2, time_size=16),
 }

@@ -5,9 +5,8 @@ Letters: N batch, H horizon, A action dim, To observed steps, O observation dim,
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from dprl.networks.attention import SelfAttention
+from dprl.networks.attention import SelfAttention, attend
 from dprl.networks.inputs import by_level, sinusoid, vector
 
 SPREAD = 0.02  # standard deviation of weights and positions before training
@@ -28,8 +27,7 @@ class Layer(nn.Module):
     def remember(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, heads, H, W/heads]
         dropout = self.dropout if self.training else 0.0
-        y = scaled_dot_product_attention(q, keys, values, seen, dropout_p=dropout)
-        return self.answer(y.transpose(1, 2).flatten(2))
+        return self.answer(attend(q, keys, values, seen, dropout=dropout))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         """``x`` [N, H, W], the memory's ``keys`` and ``values`` [N, heads, 1+To, W/heads], who sees which [H, 1+To]."""

@@ -5,31 +5,91 @@ resolution, F numbers that condition the whole net.
 """
 
 from itertools import pairwise
+from typing import Any
 
-from torch import Tensor, cat, nn
+import torch
+from torch import Tensor, addcmul, cat, nn, stack
 
 from dprl.errors import found
 from dprl.networks.inputs import by_level, sinusoid, vector
 
 
-def convolution(inputs: int, outputs: int, kernel: int, groups: int) -> nn.Sequential:
-    """[N, inputs, L] -> [N, outputs, L]."""
-    return nn.Sequential(nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2), nn.GroupNorm(groups, outputs), nn.Mish())
+class Rows(torch.autograd.Function):
+    """What lies within ``reach`` of every ``every``-th step, zeros behind the ends: [N, L, C] -> [N, L / every, (2 reach + 1) C].
+
+    Its own gradient, since that of as many slices joined fills and adds a tensor for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reach: int, every: int) -> Tensor:
+        ctx.reach, ctx.every, ctx.steps = reach, every, x.shape[1]
+        x = nn.functional.pad(x, (0, 0, reach, reach))
+        n, padded, size = x.shape
+        wide = 2 * reach + 1
+        return x.as_strided((n, (padded - wide) // every + 1, wide * size), (padded * size, every * size, 1)).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = grads
+        parts = rows.chunk(2 * ctx.reach + 1, -1)
+        out = parts[0].new_zeros(len(rows), ctx.steps + 2 * ctx.reach, parts[0].shape[-1])
+        for at, part in enumerate(parts):
+            out[:, at : at + ctx.steps : ctx.every] += part
+        return out[:, ctx.reach : ctx.reach + ctx.steps], None, None
+
+
+class Window(nn.Linear):
+    """A convolution as one matrix product: what lies within ``reach`` steps of each kept step, zeros behind the ends, is a row.
+    [N, L, inputs] -> [N, L / every, outputs]. Twice as fast as ``Conv1d`` on short chunks, and thrice in bfloat16."""
+
+    def __init__(self, inputs: int, outputs: int, reach: int, every: int = 1):
+        super().__init__((2 * reach + 1) * inputs, outputs)
+        self.reach, self.every = reach, every
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Rows.apply(x, self.reach, self.every))  # type: ignore[arg-type]
+
+
+class Double(nn.Linear):
+    """A transposed convolution of stride 2 and kernel 4, each new step made of the two old ones beside it: [N, L, C] -> [N, 2L, C]."""
+
+    def __init__(self, size: int):
+        super().__init__(2 * size, 2 * size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (0, 0, 1, 1))
+        odd, even = super().forward(cat([x[:, :-1], x[:, 1:]], -1)).chunk(2, -1)  # [N, L+1, C] each
+        return stack([even[:, :-1], odd[:, 1:]], 2).flatten(1, 2)
+
+
+class Norm(nn.GroupNorm):
+    """``GroupNorm`` with the channels last: [N, L, C] -> [N, L, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float().unflatten(-1, (self.num_groups, -1)).transpose(1, 2)  # [N, groups, L, C/groups]
+        h = nn.functional.layer_norm(h, h.shape[2:], eps=self.eps).transpose(1, 2).flatten(2)
+        return addcmul(self.bias, h, self.weight).to(x.dtype)
+
+
+def convolution(inputs: int, outputs: int, *, kernel: int, groups: int, activation: str) -> nn.Sequential:
+    """[N, L, inputs] -> [N, L, outputs]."""
+    return nn.Sequential(Window(inputs, outputs, kernel // 2), Norm(groups, outputs), getattr(nn, activation)())
 
 
 class Block(nn.Module):
     """Two convolutions and a residual. Between them FiLM (Perez et al., 2018): each channel's ``scale * h + shift``."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, groups: int):
+    def __init__(self, inputs: int, outputs: int, **how: Any):
         super().__init__()
         self.film = 2 * outputs  # numbers of the condition that it takes
-        self.before = convolution(inputs, outputs, kernel, groups)
-        self.after = convolution(outputs, outputs, kernel, groups)
-        self.past = nn.Identity() if inputs == outputs else nn.Conv1d(inputs, outputs, 1)
+        self.before = convolution(inputs, outputs, **how)
+        self.after = convolution(outputs, outputs, **how)
+        self.past = nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        scale, shift = film[..., None].chunk(2, 1)  # [N, C, 1]
-        return self.after(scale * self.before(x) + shift) + self.past(x)
+        scale, shift = film[:, None].chunk(2, -1)  # [N, 1, C]
+        h = self.before(x)
+        return self.after(addcmul(shift.to(h), scale.to(h), h)) + self.past(x)
 
 
 class UNetDenoiser(nn.Module):
@@ -51,6 +111,7 @@ class UNetDenoiser(nn.Module):
         channels: list[int],
         kernel: int,
         groups: int,
+        activation: str,
         time_size: int,
         obs_shape: list[int],
         obs_steps: int,
@@ -64,16 +125,18 @@ class UNetDenoiser(nn.Module):
         if kernel % 2 == 0:
             raise found("the U-Net's kernel has no middle", "an odd number", kernel, f"kernel={kernel + 1}")
 
+        how: dict[str, Any] = dict(kernel=kernel, groups=groups, activation=activation)
+
         def pair(inputs: int, outputs: int) -> nn.ModuleList:
-            return nn.ModuleList([Block(inputs, outputs, kernel, groups), Block(outputs, outputs, kernel, groups)])
+            return nn.ModuleList([Block(inputs, outputs, **how), Block(outputs, outputs, **how)])
 
         self.horizon, self.filling = horizon, -horizon % 2 ** (len(channels) - 1)
         self.down = nn.ModuleList(pair(*sizes) for sizes in pairwise([act_dim, *channels]))
-        self.shrink = nn.ModuleList(nn.Conv1d(size, size, 3, stride=2, padding=1) for size in channels[:-1])
+        self.shrink = nn.ModuleList(Window(size, size, 1, every=2) for size in channels[:-1])
         self.middle = pair(channels[-1], channels[-1])
         self.up = nn.ModuleList(pair(2 * below, size) for below, size in pairwise(reversed(channels)))
-        self.grow = nn.ModuleList(nn.ConvTranspose1d(size, size, 4, stride=2, padding=1) for size in reversed(channels[:-1]))
-        self.out = nn.Sequential(convolution(channels[0], channels[0], kernel, groups), nn.Conv1d(channels[0], act_dim, 1))
+        self.grow = nn.ModuleList(Double(size) for size in reversed(channels[:-1]))
+        self.out = nn.Sequential(convolution(channels[0], channels[0], **how), nn.Linear(channels[0], act_dim))
 
         stages = [*self.down, self.middle, *self.up]
         self.films = [block.film for stage in stages for block in stage]  # type: ignore[union-attr]
@@ -92,17 +155,17 @@ class UNetDenoiser(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
         films = iter((cond + by_level(self.level, self.table, k)).split(self.films, -1))
-        h, left = nn.functional.pad(x.transpose(1, 2), (0, self.filling)), []  # [N, A, H + filling]
+        h, left = nn.functional.pad(x, (0, 0, 0, self.filling)), []  # [N, H + filling, A]
         for stage, shrink in zip(self.down, [*self.shrink, nn.Identity()], strict=True):
             for block in stage:  # type: ignore[union-attr]
                 h = block(h, next(films))
             left.append(h)
-            h = shrink(h)  # [N, C, L] -> [N, C, L/2]
+            h = shrink(h)  # [N, L, C] -> [N, L/2, C]
         for block in self.middle:
             h = block(h, next(films))
         for stage, grow in zip(self.up, self.grow, strict=True):
-            h = cat([h, left.pop()], 1)  # [N, 2C, L]
+            h = cat([h, left.pop()], -1)  # [N, L, 2C]
             for block in stage:  # type: ignore[union-attr]
                 h = block(h, next(films))
-            h = grow(h)  # [N, C, L] -> [N, C, 2L]
-        return self.out(h)[..., : self.horizon].transpose(1, 2)  # [N, H, A]
+            h = grow(h)  # [N, L, C] -> [N, 2L, C]
+        return self.out(h)[:, : self.horizon]  # [N, H, A]

@@ -7,27 +7,24 @@
     python scripts/reproduce.py hopper --data <folder>       # about 30 minutes
     python scripts/reproduce.py idql --data <folder>         # about 60 minutes
     python scripts/reproduce.py asking --data <folder>       # policies that are asked for a return
+    python scripts/reproduce.py compared                     # after avoid: LSTM-GMM, implicit BC, BeT; the figure of ways
+    python scripts/reproduce.py pusht --data <folder>        # hours: U-Net and transformer, what each setting of acting costs
+    python scripts/reproduce.py pusht_compared --data <folder>
+    python scripts/reproduce.py pusht_image --data <folder>
 
-``<folder>`` holds D4RL-layout files: hopper-medium.hdf5, hopper-medium-replay.hdf5, halfcheetah-medium.hdf5. A run that
-ended is not run again, and one that was interrupted goes on.
+``<folder>`` holds D4RL-layout files: hopper-medium.hdf5, hopper-medium-replay.hdf5, halfcheetah-medium.hdf5; for Push-T
+pusht_cchi_v7_replay.zarr.zip. A run that ended is not run again, and one that was interrupted goes on.
 """
 
 import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-SEEDS = {
-    "avoid": (0, 1, 2),
-    "predict": (0, 1, 2),
-    "ways": (0, 1, 2),
-    "online": (0, 1, 2),
-    "hopper": (0, 1),
-    "idql": (0, 1, 2),
-    "asking": (0, 1, 2),
-}
 LOGGED = {"medium_replay": "hopper", "medium": "hopper", "halfcheetah_medium": "halfcheetah"}  # data: the task
 # a policy for ranking: five reverse steps of a small network, so that many candidates cost little
 SMALL = ("width=256", "policy.schedule.sample_steps=5", "train.steps=16000", "train.save_every=8000")
@@ -37,6 +34,22 @@ FEW = "algo.actor.candidates=4"  # that are guided
 ONLINE = (MANY, "num_envs=16", "algo.offline_steps=2000", "algo.online_steps=20000", "evaluation.every=6")
 ROLLOUTS = ("algo.critic=monte_carlo", "algo.actor.candidates=4", "name=guided_rollouts", "num_envs=16", "algo.offline_steps=5000")
 OFFLINE = ("num_envs=1", "evaluation.every=10", "evaluation.choose=last", "evaluation.num_envs=50", "evaluation.final_episodes=100")
+COMPARED = {"lstm_gmm": 8000, "implicit": 6000, "bet": 8000}  # policies, and their gradient steps: about 8 minutes of a core each
+EACH = ("threads=1", "train.save_every=2000")
+# one thread, so that two runs can go on at a time on two cores
+PUSHT = ("threads=1", "train.precision=bf16", "train.batch=128", "train.lr=5e-4", "train.lr_final=0.0", "train.warmup=0.02")
+PUSHT += ("train.ema=0.999", "train.log_every=250", "train.save_every=5000", "evaluation.episodes=50", "evaluation.final_episodes=200")
+FAST = ("policy.predict=clean", "policy.schedule.sample_steps=16", "policy.schedule.eta=0.0")
+LONG = ("policy.horizon=20",)  # so that 16 actions can be executed
+BLIND = ("task.env.observe={_target_: dprl.envs.observe.flatten, _partial_: true, keys: [agent_pos]}", "data.observe=state[:2]")
+
+
+class Pipeline(NamedTuple):
+    """``work`` of a seed and the folder of data, which ``wants`` says what it must hold."""
+
+    work: Callable[[int, Path], None]
+    seeds: tuple[int, ...]
+    wants: str | None = None
 
 
 def program(name: str, *arguments: str) -> None:
@@ -64,11 +77,73 @@ def figure(name: str, out: Path, seed: int, which: str = "comparison") -> None:
         shutil.copy(out / f"{which}.png", ROOT / "docs" / "figures" / f"{name}.png")
 
 
-def logged(folder: str, data: str, seed: int) -> None:
+def avoid(seed: int, data: Path) -> None:
+    """Cloning, regression and DPPO on the default task."""
+    if not Path(f"data/avoid-{seed}.hdf5").is_file():
+        program("scripts/demonstrations.py", f"seed={seed}")
+    run("pretrain.py", "avoid", "bc", seed)
+    run("pretrain.py", "avoid", "mse", seed, "policy=regression", "name=mse")
+    run("finetune.py", "avoid", "dppo", seed, "algo=dppo")
+    figure("avoid", Path(f"runs/avoid-dppo-{seed}"), seed)
+
+
+def predict(seed: int, data: Path) -> None:
+    """The other prediction targets."""
+    for target in ("noise", "v"):
+        run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
+
+
+def ways(seed: int, data: Path) -> None:
+    """DPPO that is held to the ways of the cloned policy."""
+    run("finetune.py", "avoid", "dppo_ways", seed, "algo=dppo_ways")
+    figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)
+
+
+def online(seed: int, data: Path) -> None:
+    """IDQL offline and then online, guidance, and the baselines."""
+    run("finetune.py", "avoid", "idql", seed, "algo=idql", *ONLINE)
+    run("finetune.py", "avoid", "guided_clear", seed, "algo=guided_clear", "num_envs=1")
+    figure("avoid_guided", Path(f"runs/avoid-guided_clear-{seed}"), seed)
+    critic = f"algo.critic_from=runs/avoid-idql-{seed}"
+    run("finetune.py", "avoid", "guided", seed, "algo=guided", critic, "num_envs=1")
+    run("finetune.py", "avoid", "both", seed, "algo=guided", critic, FEW, "name=both", "num_envs=1")
+    run("finetune.py", "avoid", "guided_rollouts", seed, "algo=guided", *ROLLOUTS)
+    for baseline, steps in (("sac", 100_000), ("ppo", 400_000)):
+        out = f"runs/avoid-{baseline}-{seed}"
+        if not Path(out, "result.json").is_file():
+            program("scripts/baseline_sb3.py", f"baseline={baseline}", f"env_steps={steps}", f"seed={seed}", f"out={out}")
+        shutil.copy(f"{out}/result.json", ROOT / "results" / f"avoid-{baseline}-{seed}.json")
+
+
+def compared(seed: int, data: Path) -> None:
+    """The policies that Diffusion Policy is compared with, on the default task; and which ways each takes."""
+    for policy, steps in COMPARED.items():
+        run("pretrain.py", "avoid", policy, seed, f"policy={policy}", f"name={policy}", f"train.steps={steps}", *EACH)
+    shown = {"MSE regression": "mse", "LSTM-GMM": "lstm_gmm", "implicit BC": "implicit", "BeT": "bet", "diffusion": "bc"}
+    shown |= {"diffusion + DPPO": "dppo", "diffusion + DPPO, regularised": "dppo_ways"}
+    named = [f"{name}=runs/avoid-{algo}-{seed}" for name, algo in shown.items()]
+    program("scripts/ways.py", f"data/avoid-{seed}.hdf5", *named, "--out", f"runs/ways-{seed}")
+    shutil.copy(f"runs/ways-{seed}/ways.json", ROOT / "results" / "sweeps" / f"avoid-ways-{seed}.json")
+    figure("avoid_policies", Path(f"runs/ways-{seed}"), seed, "ways")
+
+
+def hopper(seed: int, data: Path) -> None:
+    """Cloning and DPPO on Hopper."""
+    run("pretrain.py", "hopper", "bc", seed, f"data.path={data / 'hopper-medium.hdf5'}")
+    run("finetune.py", "hopper", "dppo", seed, "algo=dppo")
+
+
+def idql(seed: int, data: Path) -> None:
+    """Cloning, IDQL and guidance on every file."""
+    for file in LOGGED:
+        logged(data, file, seed)
+
+
+def logged(folder: Path, data: str, seed: int) -> None:
     """Cloning and IDQL on one file, and what else could have been ranked."""
     task = LOGGED[data]
     name = data.removeprefix(f"{task}_")
-    path = f"data.path={Path(folder) / f'{task}-{name}.hdf5'.replace('_', '-')}"
+    path = f"data.path={folder / f'{task}-{name}.hdf5'.replace('_', '-')}"
     run("pretrain.py", task, f"bc_{name}", seed, path, f"name=bc_{name}", *SMALL)
     base = f"policy_from=runs/{task}-bc_{name}-{seed}"
     ranked = "algo.actor.candidates=8" if task == "halfcheetah" else MANY
@@ -90,59 +165,72 @@ def logged(folder: str, data: str, seed: int) -> None:
         swept(f"{task}-idql_{name}-{seed}", *grid)
 
 
-def asking(folder: str, seed: int) -> None:
+def asking(seed: int, data: Path) -> None:
     """A policy conditioned on the return, and what it does as more is asked for."""
-    path = f"data.path={Path(folder) / 'hopper-medium-replay.hdf5'}"
+    path = f"data.path={data / 'hopper-medium-replay.hdf5'}"
     run("pretrain.py", "hopper", "bc_return", seed, path, "name=bc_return", "policy/condition=return", *SMALL)
     swept(f"hopper-bc_return-{seed}", "condition.weight=0,1,1.5,2,3", "condition.target=0.7,0.9,1.1")
 
 
+def cloned(policy: str, seed: int, data: Path, steps: int, *arguments: str, name: str | None = None, task: str = "pusht_keypoints") -> str:
+    """A policy of the small sizes on Push-T; returns the run's name."""
+    name = name or policy
+    given = (f"data.path={data / 'pusht_cchi_v7_replay.zarr.zip'}", "data=pusht", f"policy={policy}", f"name={name}")
+    run("pretrain.py", task, name, seed, *given, f"train.steps={steps}", *PUSHT, *arguments)
+    return f"{task}-{name}-{seed}"
+
+
+def pusht(seed: int, data: Path) -> None:
+    """The small U-Net and, once, the small transformer, for about an hour each; what the U-Net does when it acts otherwise."""
+    net = cloned("unet_small", seed, data, 28_000, *FAST, *LONG)
+    if seed:
+        return
+    cloned("transformer_small", seed, data, 32_000, *FAST, *LONG, "policy.denoiser.dropout=0.0")
+    swept(net, "act_steps=1,2,4,8,16")
+    swept(net, "schedule.sample_steps=16,8,4,2", "schedule.eta=0.0")
+    swept(net, "schedule.sample_steps=100", "schedule.eta=1.0")
+
+
+def pusht_compared(seed: int, data: Path) -> None:
+    """Policies of other kinds and the diffusion policy, 25 minutes of a core each."""
+    cloned("unet_small", seed, data, 12_000, *FAST, name="quarter_diffusion")
+    for policy, steps in SAME_TIME.items():
+        cloned(policy, seed, data, steps, name=f"quarter_{policy}")
+
+
+def pusht_image(seed: int, data: Path) -> None:
+    """From pictures, and the same without them."""
+    cloned("unet_image_small", seed, data, 8_000, *FAST, *SEEING, task="pusht_image")
+    cloned("unet_small", seed, data, 8_000, *FAST, *SEEING, *BLIND, name="blind", task="pusht_image")
+
+
+PIPELINES = {
+    "avoid": Pipeline(avoid, (0, 1, 2)),
+    "predict": Pipeline(predict, (0, 1, 2)),
+    "ways": Pipeline(ways, (0, 1, 2)),
+    "online": Pipeline(online, (0, 1, 2)),
+    "compared": Pipeline(compared, (0, 1, 2)),
+    "hopper": Pipeline(hopper, (0, 1), "D4RL-layout HDF5 files"),
+    "idql": Pipeline(idql, (0, 1, 2), "D4RL-layout HDF5 files"),
+    "asking": Pipeline(asking, (0, 1, 2), "D4RL-layout HDF5 files"),
+    "pusht": Pipeline(pusht, (0, 1), "Push-T's demonstrations"),
+    "pusht_compared": Pipeline(pusht_compared, (0,), "Push-T's demonstrations"),
+    "pusht_image": Pipeline(pusht_image, (0,), "Push-T's demonstrations"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=SEEDS, help="which pipelines")
-    parser.add_argument("--data", help="for hopper and idql: a folder of D4RL-layout HDF5 files")
-    parser.add_argument("--files", nargs="+", choices=LOGGED, default=LOGGED, help="for idql: these only")
+    parser.add_argument("what", choices=PIPELINES, help="which pipeline")
+    parser.add_argument("--data", type=Path, help="a folder of what the pipeline learns from, if it is not made here")
     parser.add_argument("--seeds", type=int, nargs="+", help="these only")
     arguments = parser.parse_args()
-    what, data = arguments.what, arguments.data
-    if what in ("hopper", "idql", "asking") and not data:
-        parser.error(f"{what} wants --data <a folder of D4RL-layout HDF5 files>")
+    pipeline = PIPELINES[arguments.what]
+    if pipeline.wants and not arguments.data:
+        parser.error(f"{arguments.what} wants --data <a folder of {pipeline.wants}>")
     (ROOT / "results" / "sweeps").mkdir(parents=True, exist_ok=True)
-    for seed in arguments.seeds or SEEDS[what]:
-        if what == "hopper":
-            run("pretrain.py", "hopper", "bc", seed, f"data.path={Path(data) / 'hopper-medium.hdf5'}")
-            run("finetune.py", "hopper", "dppo", seed, "algo=dppo")
-        elif what == "idql":
-            for file in arguments.files:
-                logged(data, file, seed)
-        elif what == "asking":
-            asking(data, seed)
-        elif what == "predict":
-            for target in ("noise", "v"):
-                run("pretrain.py", "avoid", f"bc_{target}", seed, f"policy.predict={target}", f"name=bc_{target}")
-        elif what == "online":
-            run("finetune.py", "avoid", "idql", seed, "algo=idql", *ONLINE)
-            run("finetune.py", "avoid", "guided_clear", seed, "algo=guided_clear", "num_envs=1")
-            figure("avoid_guided", Path(f"runs/avoid-guided_clear-{seed}"), seed)
-            critic = f"algo.critic_from=runs/avoid-idql-{seed}"
-            run("finetune.py", "avoid", "guided", seed, "algo=guided", critic, "num_envs=1")
-            run("finetune.py", "avoid", "both", seed, "algo=guided", critic, FEW, "name=both", "num_envs=1")
-            run("finetune.py", "avoid", "guided_rollouts", seed, "algo=guided", *ROLLOUTS)
-            for baseline, steps in (("sac", 100_000), ("ppo", 400_000)):
-                out = f"runs/avoid-{baseline}-{seed}"
-                if not Path(out, "result.json").is_file():
-                    program("scripts/baseline_sb3.py", f"baseline={baseline}", f"env_steps={steps}", f"seed={seed}", f"out={out}")
-                shutil.copy(f"{out}/result.json", ROOT / "results" / f"avoid-{baseline}-{seed}.json")
-        elif what == "ways":
-            run("finetune.py", "avoid", "dppo_ways", seed, "algo=dppo_ways")
-            figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)
-        else:
-            if not Path(f"data/avoid-{seed}.hdf5").is_file():
-                program("scripts/demonstrations.py", f"seed={seed}")
-            run("pretrain.py", "avoid", "bc", seed)
-            run("pretrain.py", "avoid", "mse", seed, "policy=regression", "name=mse")
-            run("finetune.py", "avoid", "dppo", seed, "algo=dppo")
-            figure("avoid", Path(f"runs/avoid-dppo-{seed}"), seed)
+    for seed in arguments.seeds or pipeline.seeds:
+        pipeline.work(seed, arguments.data)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Checkpoints: ``config.json`` (how to build the actor), ``model.safetensors``, and ``trainer.pt`` to go on from.
 
-A run's folder holds ``checkpoints/<step>/`` and ``best.json``, which names the step with the best validation score.
+A run's folder holds ``checkpoints/<step>/`` and ``best.json``, which names the step with the best validation score. A run
+that a signal ended between two of them holds ``checkpoints/<step>.interrupted/`` too, until the next.
 Nothing here unpickles: safetensors, JSON, and ``torch.load(weights_only=True)``.
 """
 
@@ -15,11 +16,12 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from dprl.errors import UserError, found
-from dprl.files import read_json, replacing, write_json
+from dprl.files import discard, read_json, replacing, tidy, write_json
 from dprl.versions import versions
 
 FORMAT = 1
@@ -37,14 +39,27 @@ class Loaded:
 
 def save(path: Path, actor: nn.Module, *, node: dict[str, Any], task: str, trainer: dict[str, Any]) -> None:
     """Writes the folder ``path`` whole or not at all. ``node`` is a config that instantiates ``actor``."""
-    if path.exists():
-        shutil.rmtree(path)
+    discard(path)
     with replacing(path) as folder:
         folder.mkdir()
         config = {"format": FORMAT, "task": task, "actor": node, "versions": versions()}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: value.contiguous() for name, value in actor.state_dict().items()}, folder / "model.safetensors")
-        torch.save(trainer, folder / "trainer.pt")
+        weights = {name: value.contiguous() for name, value in actor.state_dict().items()}
+        (folder / "model.safetensors").write_bytes(to_bytes(weights))
+        with (folder / "trainer.pt").open("wb") as file:
+            try:
+                torch.save(trainer, file)
+            except RuntimeError as error:  # of its zip writer, about what the file refused
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+
+def copy(path: Path, to: Path) -> None:
+    """The actor at ``path``, without the trainer's state, into the folder ``to``, which must not exist."""
+    to.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(path / name, to / name)
 
 
 def steps(run: Path) -> list[int]:
@@ -57,21 +72,42 @@ def at(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"{step:08d}"
 
 
+def interrupted(run: Path, step: int) -> Path:
+    """The folder of what a signal ended at ``step``."""
+    return run / "checkpoints" / f"{step:08d}.interrupted"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint in a run's folder."""
+    return int(path.name.split(".")[0])
+
+
+def resumable(run: Path) -> list[Path]:
+    """What a run can go on from, newest first: its last checkpoint, and what a signal ended after that."""
+    last = [at(run, step) for step in steps(run)[-1:]]
+    since = [path for path in (run / "checkpoints").glob("*.interrupted") if not last or step_of(path) > step_of(last[0])]
+    return sorted(since, key=step_of, reverse=True) + last
+
+
 def best_step(run: Path) -> int | None:
     """The step that validated best, or None."""
     return read_json(run / "best.json")["step"] if (run / "best.json").is_file() else None
 
 
-def keep(run: Path, step: int, score: float | None) -> None:
-    """After a checkpoint at ``step``: notes it as the best if ``score`` is, and removes all but the last and the best."""
+def keep(run: Path, step: int, score: float | None, *, newest: int) -> None:
+    """After a checkpoint at ``step``: notes it as the best if ``score`` is, and removes all but the ``newest`` and the best."""
     best = read_json(run / "best.json") if (run / "best.json").is_file() else None
     if score is not None and (best is None or score > best["score"] or best["step"] >= step):
         best = {"step": step, "score": score}
         write_json(run / "best.json", best)
-    kept = {step} | ({best["step"]} if best else set())
-    for other in steps(run):
-        if other not in kept:
-            shutil.rmtree(at(run, other))
+    kept = {*steps(run)[-newest:]} | ({best["step"]} if best else set())
+    for path in (run / "checkpoints").iterdir():
+        if path.name.isdigit():
+            if step_of(path) not in kept:
+                discard(path)
+        elif path.suffix == ".interrupted" and path not in resumable(run):
+            discard(path)
+    tidy(run / "checkpoints")
 
 
 def resolve(path: str | Path) -> Path:

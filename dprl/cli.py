@@ -1,5 +1,6 @@
 """The command line: Hydra's, with one clear message for a mistake. Imports nothing heavy."""
 
+import contextlib
 import difflib
 import os
 import sys
@@ -11,7 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dprl import signals
 from dprl.errors import UserError
+from dprl.files import FULL
+
+FULL_STATUS = 74  # EX_IOERR of sysexits.h
 
 
 def config_folder() -> str:
@@ -21,11 +26,20 @@ def config_folder() -> str:
     return str(installed if installed.is_dir() else package.parent / "configs")
 
 
-def main(config_name: str, program: Callable[[DictConfig, list[str]], None]) -> None:
+def main(config_name: str, program: Callable[[DictConfig, list[str]], None], *, resumes: bool = False) -> None:
     """Composes ``config_name`` with the command line and runs ``program(cfg, overrides)``.
 
-    A mistake ends the process with status 2 and its message, without a traceback unless ``debug=true``.
+    A mistake ends the process with status 2 and its message, without a traceback unless ``debug=true``; a full disk with
+    ``FULL_STATUS``; a signal, where the program ``resumes``, with ``signals.STATUS`` and how to go on.
     """
+    try:
+        with signals.caught() if resumes else contextlib.nullcontext():
+            _main(config_name, program, resumes)
+    except KeyboardInterrupt as signal:
+        _end(signal, "nothing was begun")
+
+
+def _main(config_name: str, program: Callable[[DictConfig, list[str]], None], resumes: bool) -> None:
     sys.path.insert(0, str(Path.cwd()))  # so that a user's own rewards and tasks can be named from anywhere
     if _checked(config_name):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # what goes wrong from here on is a defect: show all of it
@@ -38,10 +52,28 @@ def main(config_name: str, program: Callable[[DictConfig, list[str]], None]) -> 
             if cfg.debug:
                 raise
             _fail(str(error))
-        except KeyboardInterrupt:
-            _fail("interrupted; resume=<the run's folder> goes on from its last checkpoint", status=130)
+        except OSError as error:
+            if cfg.debug or error.errno not in FULL:
+                raise
+            _fail(f"{error.filename} cannot be written: {error.strerror}; what was there stays; {_going_on(cfg, resumes)}", FULL_STATUS)
+        except KeyboardInterrupt as signal:
+            _end(signal, _going_on(cfg, resumes))
 
     run()
+
+
+def _end(signal: KeyboardInterrupt, going_on: str) -> None:
+    name, status = (str(signal), signals.STATUS) if isinstance(signal, signals.Interrupted) else ("Ctrl-C", 130)
+    print(f"ended by {name}: {going_on}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _going_on(cfg: DictConfig, resumes: bool) -> str:
+    """How to go on with the run that ``cfg`` is of."""
+    if not resumes:
+        return "start it again"
+    folder = cfg.out if cfg.resume in (None, "auto") else cfg.resume
+    return f"resume={folder} goes on" if (Path(folder) / "config.json").is_file() else "nothing was begun"
 
 
 def _fail(message: str, status: int = 2) -> None:

@@ -7,13 +7,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dprl import checkpoint, run, setup
+from dprl import checkpoint, rng, run, setup, signals
 from dprl.data.episodes import Episodes
 from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import write_json
-from dprl.log import Metrics, curve
+from dprl.log import Metrics, Sums, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
 from dprl.precision import arithmetic
@@ -37,6 +37,7 @@ class Cloner:
         self.optimizer = adamw(policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.order = Order(len(self.windows), batch=settings.batch, seed=seed)
         self.step = 0
+        self.told = Sums()  # since the last line of the log
 
     def windows_of(self, episodes: Episodes) -> Windows:
         """Windows as the policy wants them, with its labels if it has any."""
@@ -49,13 +50,16 @@ class Cloner:
         """The policy to act with and to save."""
         return self.ema.module
 
-    def train(self, steps: int) -> dict[str, float]:
-        """Takes ``steps`` gradient steps; returns the mean loss and gradient norm."""
-        s, total, norms = self.s, 0.0, 0.0
+    def train(self, to: int) -> dict[str, float] | None:
+        """Takes the gradient steps up to number ``to``; returns the mean loss and gradient norm since it last did, or None
+        if a signal ended it before."""
+        s, rate = self.s, 0.0
         lr_args = dict(lr=float(s.lr), final=float(s.lr_final), warmup=float(s.warmup))
         max_norm, parameters = float(s.max_grad_norm), list(self.policy.parameters())
         self.policy.train()
-        for _ in range(steps):
+        while self.step < to:
+            if signals.asked():
+                return None
             rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
             set_lr(self.optimizer, rate)
             batch = self.order(self.step).to(self.windows.act.device)
@@ -63,19 +67,18 @@ class Cloner:
                 loss = self.policy.loss(*self.windows[batch])
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norms = norms + nn.utils.clip_grad_norm_(parameters, max_norm).detach()
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             self.optimizer.step()
             self.ema.update_parameters(self.policy)
-            total = total + loss.detach()
+            self.told.add({"loss": loss.detach(), "grad_norm": norm.detach()})
             self.step += 1
-        return {"loss": float(total) / steps, "grad_norm": float(norms) / steps, "lr": rate}
+        told, self.told = self.told.means(), Sums()
+        return told | {"lr": rate}
 
     @torch.no_grad()
     def validate(self, windows: Windows) -> float:
         """The averaged policy's loss on held-out windows, with the same noise each time."""
-        devices = [windows.act.device] if windows.act.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+        with rng.forked(0):
             every = torch.arange(len(windows), device=windows.act.device)
             losses = [float(self.averaged.loss(*windows[part])) * len(part) for part in every.split(self.s.batch)]  # type: ignore[operator]
         return sum(losses) / len(windows)
@@ -86,7 +89,7 @@ class Cloner:
             "policy": self.policy.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": run.rng_state(),
+            "told": self.told.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,7 +97,7 @@ class Cloner:
         self.policy.load_state_dict(state["policy"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        run.set_rng_state(state["rng"])
+        self.told.load_state_dict(state["told"])
 
 
 def clone(cfg: DictConfig, overrides: list[str]) -> Path:
@@ -119,37 +122,54 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     logger = setup.logger(cfg)
 
     planned.begin()
-    trainer = {} if planned.step is None else checkpoint.load_trainer(checkpoint.at(folder, planned.step))
-    if trainer:
+    resumable = checkpoint.resumable(folder)
+    trainer = checkpoint.load_trainer(resumable[0]) if resumable else {"seconds": 0.0, "rng": rng.state()}
+    if resumable:
         cloner.load_state_dict(trainer)
+        checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)  # in case the run was cut off before
+    step = cloner.step if resumable else None
     metrics = Metrics(
         folder,
-        logger(run=folder, config=run.plain(cfg), step=planned.step),
+        logger(run=folder, config=run.plain(cfg), step=step),
         total=cfg.train.steps,
         unit="step",
         shown=("loss", "validation/loss", *(f"evaluation/{key}" for key in ("success", "return", *envs.metrics))),
-        step=planned.step,
+        step=step,
         done=cloner.step,
-        seconds=trainer.get("seconds", 0.0),
+        seconds=trainer["seconds"],
     )
     parameters = sum(p.numel() for p in policy.parameters())
     print(f"{len(kept)} episodes, {len(kept.act)} steps from {kept.source}; {parameters:,} parameters, {device}")
     log_every, save_every, total = cfg.train.log_every, cfg.train.save_every, cfg.train.steps
     seeds = range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)
-    while cloner.step < total:
-        values = cloner.train(min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step))
-        due = cloner.step == total or cloner.step % save_every == 0
-        if due and held_windows:
-            values["validation/loss"] = cloner.validate(held_windows)
-        if due and seeds:
-            values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
-        metrics.log(values, step=cloner.step, done=cloner.step)
-        if due:
-            state = cloner.state_dict() | {"seconds": metrics.seconds}
-            checkpoint.save(checkpoint.at(folder, cloner.step), cloner.averaged, node=node, task=cfg.task.name, trainer=state)
-            checkpoint.keep(folder, cloner.step, None)
-    seconds = metrics.seconds
-    metrics.close()
+
+    def save(path: Path) -> None:
+        metrics.to_disk()
+        state = cloner.state_dict() | {"seconds": metrics.seconds, "rng": rng.state()}
+        checkpoint.save(path, cloner.averaged, node=node, task=cfg.task.name, trainer=state)
+        checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)
+
+    try:
+        with signals.deferred():
+            rng.set_state(trainer["rng"])  # what a logger drew does not count
+            while cloner.step < total:
+                ahead = min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step)
+                values = cloner.train(cloner.step + ahead)
+                if values is None:
+                    save(checkpoint.interrupted(folder, cloner.step))
+                    break
+                due = cloner.step == total or cloner.step % save_every == 0
+                if due and held_windows:
+                    values["validation/loss"] = cloner.validate(held_windows)
+                if due and seeds:
+                    values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
+                metrics.log(values, step=cloner.step, done=cloner.step)
+                if due:
+                    save(checkpoint.at(folder, cloner.step))
+                    signals.stop()
+        seconds = metrics.seconds
+    finally:
+        metrics.close()
 
     final = evaluate(cloner.averaged, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
     envs.close()

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
+from dprl import rng
 from dprl.envs.collect import to_torch
 from dprl.envs.vector import VecEnv
 from dprl.policy import device_of
@@ -105,15 +106,14 @@ def final_seeds(first: int, episodes: int) -> range:
 def evaluate(actor: nn.Module, envs: VecEnv, seeds: Sequence[int]) -> Evaluation:
     """Runs one whole episode for each of ``seeds``, as many at a time as there are environments.
 
-    The actor is put into ``eval`` mode and back. The sampling noise is seeded from ``seeds``, and torch's generator is
-    left as it was found: evaluating never disturbs training.
+    The actor is put into ``eval`` mode and back. The sampling noise is seeded from ``seeds``, and the generators are
+    left as they were found: evaluating never disturbs training.
     """
     device = device_of(actor)
     was_training = actor.training
     actor.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(seeds[0])
+        with rng.forked(seeds[0]), torch.no_grad():
             return _episodes(actor, envs, list(seeds), device)
     finally:
         actor.train(was_training)

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dprl.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # why a disk takes no more
 
 
 @contextlib.contextmanager
@@ -22,16 +25,58 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.partial")
     _remove(temporary)
     try:
-        yield temporary
-        for part in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-            if part.is_file():
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())
-        if temporary.is_dir() and path.exists():
-            raise FileExistsError(f"{path} exists")
-        temporary.replace(path)
+        with naming(path):
+            yield temporary
+            for part in (*temporary.rglob("*"), temporary):
+                to_disk(part)
+            if temporary.is_dir() and path.exists():
+                raise FileExistsError(f"{path} exists")
+            temporary.replace(path)
+            to_disk(path.parent)
     finally:
         _remove(temporary)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts ``path`` on an ``OSError`` that does not say what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def to_disk(path: Path) -> None:
+    """Has the system write a file, or the list of a folder's files where it can, before anything else is done."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):
+            _sync(path)
+    else:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what an interruption has left of folders that were being written or removed here."""
+    for path in (*folder.glob(".*.partial"), *folder.glob(".*.removed")):
+        _remove(path)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder, which at no moment looks whole with parts of it gone."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    _remove(removed)
+    if folder.exists():
+        folder.rename(removed)
+        _remove(removed)
 
 
 def _remove(path: Path) -> None:

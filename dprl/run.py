@@ -1,17 +1,18 @@
 """A run's folder, from its first line to its last: made once, refused if it exists, resumed on request."""
 
-import random
+import contextlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dprl import checkpoint
+from dprl import checkpoint, rng
 from dprl.errors import UserError, found
-from dprl.files import read_json, replacing, write_json
+from dprl.files import read_json, replacing
 from dprl.versions import versions
 
 UNSAVED = ("resume", "debug")  # keys that say how to run, not what
@@ -37,21 +38,21 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that nothing has been written of yet: its folder, the config to go by, the step to resume at or None."""
+    """A run that nothing has been written of yet: its folder, the config to go by, whether it was begun before."""
 
     folder: Path
     cfg: DictConfig
-    step: int | None
     started: bool
 
-    def begin(self) -> None:
-        """Makes the folder, with the config in it, unless the run has one."""
+    def begin(self, fill: Callable[[Path], None] = lambda folder: None) -> None:
+        """Makes the folder, with the config and what ``fill`` writes in it, unless the run has one."""
         if self.started:
             return
         try:
             with replacing(self.folder) as folder:
                 folder.mkdir()
-                write_json(folder / "config.json", plain(self.cfg))
+                (folder / "config.json").write_text(json.dumps(plain(self.cfg), indent=2) + "\n")  # its infinities stay
+                fill(folder)
         except OSError as error:
             raise found(f"{self.folder} cannot be made", "a new folder", error, "out=runs/<another name>") from None
 
@@ -83,7 +84,7 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
                 f"other settings: {other}",
                 "resume it with that one",
             )
-        return Planned(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), _last(folder), started=True)
+        return Planned(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), started=True)
     folder = Path(cfg.out)
     if folder.exists():
         if cfg.resume is None:
@@ -96,13 +97,33 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
         if not (folder / "config.json").is_file():
             raise found(f"{folder} is no run", "a run's folder", "no config.json in it", "out=runs/<another name>")
         _compare(folder, read_json(folder / "config.json"), plain(cfg))
-        return Planned(folder, cfg, _last(folder), started=True)
-    return Planned(folder, cfg, None, started=False)
+        return Planned(folder, cfg, started=True)
+    return Planned(folder, cfg, started=False)
+
+
+def borrowed(cfg: DictConfig) -> dict[str, Path]:
+    """Checkpoints that settings of the algorithm named ``<name>_from`` name, by the folder in which the run keeps a copy."""
+    out = {}
+    for key, value in cfg.algo.items():
+        if isinstance(value, str) and str(key).endswith("_from"):
+            with contextlib.suppress(UserError):  # of an algorithm that means something else by it
+                out[str(key).removesuffix("_from")] = checkpoint.resolve(value)
+    return out
+
+
+def with_copies(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The config with the run's own copies, where it has them, in place of the runs that it was begun from."""
+    own = cfg.copy()
+    names = {"policy_from": "base"} | {f"algo.{key}": str(key).removesuffix("_from") for key in cfg.algo if str(key).endswith("_from")}
+    for key, name in names.items():
+        if OmegaConf.select(cfg, key) is not None and (folder / name / "model.safetensors").is_file():
+            OmegaConf.update(own, key, str(folder / name))
+    return own
 
 
 def check_counts(cfg: DictConfig, **least: int) -> None:
     """Raises a ``UserError`` unless each key of ``cfg`` (``__`` for a dot) is a whole number of at least so much."""
-    for key, smallest in ({"seed": 0} | least).items():
+    for key, smallest in ({"seed": 0, "checkpoints": 1} | least).items():
         name = key.replace("__", ".")
         value = OmegaConf.select(cfg, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
@@ -113,15 +134,8 @@ def prepare(cfg: DictConfig) -> torch.device:
     """Seeds everything, sets torch's threads and picks the device."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    random.seed(cfg.seed)
-    np.random.seed(cfg.seed % 2**32)  # noqa: NPY002  dprl draws from torch alone; this is for the code of users
-    torch.manual_seed(cfg.seed)
+    rng.seed(cfg.seed)
     return pick_device(cfg.device)
-
-
-def _last(folder: Path) -> int | None:
-    taken = checkpoint.steps(folder)
-    return taken[-1] if taken else None
 
 
 def _compare(folder: Path, saved: dict, given: dict) -> None:
@@ -152,16 +166,3 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} cannot be used: {str(error).splitlines()[0]}\n  fix:      device=auto") from None
     return device
-
-
-def rng_state() -> dict[str, torch.Tensor]:
-    """Torch's generators, which are all that training draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Undoes what was drawn since ``rng_state``."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
+from dprl import rng
 from dprl.envs.observe import Observe, vectors
 from dprl.errors import UserError, found
 from dprl.rewards import Transition, WeightedSum
@@ -72,11 +73,14 @@ class ChunkEnv(gym.Wrapper):
         self.history: deque = deque(maxlen=obs_steps)
         self.prev_act: np.ndarray | None = None
         self.done = True
+        self.alone = False  # in its process: then resets seed the generators that code of users may draw from
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         if options is not None and options.get("rest"):
             self.done = True
             return self._stacked(), {}
+        if self.alone and seed is not None:
+            rng.seed(seed)
         obs, _ = self.env.reset(seed=seed, options=options)
         self.history.extend([self.observe(obs)] * self.history.maxlen)  # type: ignore[operator]
         self.prev_act, self.done = None, False

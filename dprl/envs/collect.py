@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict, tensorclass
 from torch import Tensor
 
+from dprl import rng
 from dprl.envs.vector import VecEnv, VecStep
 from dprl.normalize import Obs
 from dprl.policy import Actor
@@ -48,6 +49,11 @@ def to_torch(obs: Any, device: torch.device) -> Obs:
     return torch.from_numpy(obs).to(device)
 
 
+def _tensors(obs: Any) -> dict[str, Tensor]:
+    """Copies of an array, or of a dictionary of arrays."""
+    return {key: torch.tensor(value) for key, value in (obs if isinstance(obs, dict) else {"": obs}).items()}
+
+
 def seeds(count: int, *entropy: int) -> list[int]:
     """``count`` environment seeds as a function of ``entropy``, such as (seed, step)."""
     return [int(s) for s in np.random.SeedSequence(entropy).generate_state(count)]
@@ -65,6 +71,8 @@ class Collector:
 
     def reset(self, *entropy: int) -> None:
         """Begins new episodes everywhere, seeded by ``entropy``; for the start and after each checkpoint."""
+        self._entropy, self._acts = entropy, []
+        rng.seed_others(seeds(1, *entropy)[0])
         self._obs = self.envs.reset(seeds=seeds(self.num_envs, *entropy))
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, int)
@@ -77,11 +85,30 @@ class Collector:
         for _ in range(chunks):
             obs = to_torch(self._obs, self.device)
             act, extra = actor(obs)
-            step = self.envs.step(act.cpu().numpy())
-            self._count(step)
-            self._obs = self.envs.reset(mask=step.done) if step.done.any() else step.obs
-            taken.append((obs, act, extra, step))
+            taken.append((obs, act, extra, self._step(act.cpu().numpy())))
         return self._rollout(taken)
+
+    def _step(self, act: np.ndarray) -> VecStep:
+        step = self.envs.step(act)
+        self._acts.append(act.copy())
+        self._count(step)
+        self._obs = self.envs.reset(mask=step.done) if step.done.any() else step.obs
+        return step
+
+    def trace(self) -> dict[str, Any]:
+        """How the present episodes came about: what seeded them, and every chunk acted since; and what is observed now."""
+        acts = torch.from_numpy(np.stack(self._acts)) if self._acts else None
+        return {"entropy": list(self._entropy), "acts": acts, "obs": _tensors(self._obs), "env_steps": self.env_steps}
+
+    def retrace(self, trace: dict[str, Any]) -> bool:
+        """Goes the way of ``trace`` again; whether it led to the same observations."""
+        self.reset(*trace["entropy"])
+        for act in () if trace["acts"] is None else trace["acts"].numpy():
+            self._step(act)
+        self._clear_metrics()
+        self.env_steps = trace["env_steps"]
+        now, then = _tensors(self._obs), trace["obs"]
+        return now.keys() == then.keys() and all(torch.equal(now[key], then[key]) for key in now)
 
     def _rollout(self, taken: list[tuple[Obs, Tensor, dict[str, Tensor], VecStep]]) -> Rollout:
         obs, act, extra, steps = zip(*taken, strict=True)

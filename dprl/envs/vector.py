@@ -3,6 +3,7 @@
 Letters: N environments, Ta steps of a chunk, To observed steps, O observation dim, A action dim.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
+from dprl.envs import worker
 from dprl.envs.chunk import ChunkEnv, make_one
 from dprl.envs.observe import Observe
 from dprl.errors import UserError, found
@@ -147,7 +149,7 @@ def make_vec(
     if backend == "sync":
         envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     else:
-        envs = AsyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        envs = AsyncVectorEnv([partial(worker.make, make, os.getpid())] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     return VecEnv(envs, terms=reward.names, has_success=success_key is not None, info_keys=info_keys, metrics=metrics)
 
 

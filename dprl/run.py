@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dprl import checkpoint, rng
 from dprl.errors import UserError, found
-from dprl.files import read_json, replacing
+from dprl.files import FULL, read_json, replacing
 from dprl.versions import versions
 
 UNSAVED = ("resume", "debug")  # keys that say how to run, not what
@@ -54,6 +54,8 @@ class Planned:
                 (folder / "config.json").write_text(json.dumps(plain(self.cfg), indent=2) + "\n")  # its infinities stay
                 fill(folder)
         except OSError as error:
+            if error.errno in FULL:
+                raise
             raise found(f"{self.folder} cannot be made", "a new folder", error, "out=runs/<another name>") from None
 
 
@@ -104,21 +106,32 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
 def borrowed(cfg: DictConfig) -> dict[str, Path]:
     """Checkpoints that settings of the algorithm named ``<name>_from`` name, by the folder in which the run keeps a copy."""
     out = {}
-    for key, value in cfg.algo.items():
-        if isinstance(value, str) and str(key).endswith("_from"):
-            with contextlib.suppress(UserError):  # of an algorithm that means something else by it
-                out[str(key).removesuffix("_from")] = checkpoint.resolve(value)
+    for name, value in _named(cfg).items():
+        with contextlib.suppress(UserError):  # of an algorithm that means something else by it
+            out[name] = checkpoint.resolve(value)
     return out
 
 
 def with_copies(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The config with the run's own copies, where it has them, in place of the runs that it was begun from."""
+    """The config with the run's own copies, where it has them, in place of the checkpoints that it was begun from."""
     own = cfg.copy()
-    names = {"policy_from": "base"} | {f"algo.{key}": str(key).removesuffix("_from") for key in cfg.algo if str(key).endswith("_from")}
-    for key, name in names.items():
-        if OmegaConf.select(cfg, key) is not None and (folder / name / "model.safetensors").is_file():
-            OmegaConf.update(own, key, str(folder / name))
+    if (folder / "base").exists():
+        own.policy_from = str(folder / "base")
+    copies = {value: str(folder / name) for name, value in _named(cfg).items() if (folder / name).exists()}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(part) for key, part in node.items()}
+        return copies.get(node, node) if isinstance(node, str) else node
+
+    if copies:
+        own.algo = walk(OmegaConf.to_container(cfg.algo, resolve=True))
     return own
+
+
+def _named(cfg: DictConfig) -> dict[str, str]:
+    given = {str(key): value for key, value in cfg.algo.items() if isinstance(value, str)}
+    return {key.removesuffix("_from"): value for key, value in given.items() if key.endswith("_from")}
 
 
 def check_counts(cfg: DictConfig, **least: int) -> None:

@@ -37,7 +37,7 @@ ORDER = list(NAMES)
 def load() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Results by (task, algorithm), each by ascending seed."""
     groups = defaultdict(list)
-    for path in sorted((ROOT / "results").glob("*.json")):
+    for path in sorted((ROOT / "results").glob("*-*.json")):
         result = read_json(path)
         if path.stem != f"{result['task']}-{result['algo']}-{result['seed']}":
             raise SystemExit(f"{path} holds {result['task']}-{result['algo']}-{result['seed']}")

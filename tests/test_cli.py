@@ -1,62 +1,14 @@
 """The programs as a user runs them: by subprocess, in an empty folder."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
-import hydra
 import pytest
 import torch
-from conftest import ROOT
+from programs import CLONE, DPPO, IDQL, TUNE, metrics, result
 
 from dprl import checkpoint
-from dprl.checkpoint import at, steps
 from dprl.data import d4rl
-
-SMALL = ["policy.denoiser.width=32", "policy.schedule.steps=4", "evaluation.num_envs=4", "evaluation.final_episodes=6", "threads=1"]
-CLONE = [*SMALL, "train.steps=60", "train.save_every=20", "train.log_every=10", "train.batch=32", "evaluation.episodes=4"]
-TUNE = ["evaluation.num_envs=4", "evaluation.final_episodes=6", "evaluation.episodes=4", "evaluation.every=2", "num_envs=3", "threads=1"]
-ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-GUIDED = [
-    *[*TUNE, "algo=guided", "algo.critic=monte_carlo", "algo.offline_steps=20", "algo.updates=5", "algo.batch=16"],
-    *["algo.rollout_steps=100", "algo.scales=[0,0.05,0.1]", "algo.actor.at=noised", "algo.energy_steps=10", "algo.energy_support=3"],
-]
-IDQL = [
-    *[*TUNE, "algo=idql", "algo.offline_steps=20", "algo.updates=5", "algo.online_steps=200", "algo.chunks=2", "algo.utd=0.1"],
-    *["algo.batch=16", "algo.actor.candidates=3", "algo.actor.critic.q.width=16", "algo.critic_warmup=5", "algo.clone_lr=1e-4"],
-]
-DPPO = [*TUNE, "algo=dppo", "algo.env_steps=1200", "algo.chunks=8", "algo.actor.tuned_steps=2", "algo.epochs=2"]
-
-
-@pytest.fixture
-def cloned(command, tmp_path, cloned_once):
-    """A folder with demonstrations and a cloned policy in it."""
-    shutil.copytree(cloned_once, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def cloned_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cloned")
-    for program, *arguments in (["scripts/demonstrations.py", "episodes=6"], ["pretrain.py", *CLONE]):
-        subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, env=ENV, check=True, capture_output=True)
-    return folder
-
-
-def result(run) -> dict:
-    return json.loads((run / "result.json").read_text())
-
-
-def metrics(run) -> list[dict]:
-    """Lines of metrics.jsonl without the clock."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run) -> bytes:
-    return (at(run, steps(run)[-1]) / "model.safetensors").read_bytes()
 
 
 def test_from_demonstrations_to_a_comparison(command, cloned):
@@ -78,91 +30,6 @@ def test_from_demonstrations_to_a_comparison(command, cloned):
     table = command("scripts/compare.py", "runs/avoid-dppo-0", "runs/avoid-bc-0").stdout
     assert "| runs/avoid-bc-0 " in table
     assert (cloned / "runs/compare/compare.png").stat().st_size > 10_000
-
-
-@pytest.fixture
-def interrupted(in_process, monkeypatch):
-    """Runs a program in process until the ``at``-th call of a function, where a Ctrl-C falls, before it or after."""
-
-    def call(program: str, *arguments: str, where: str, at: int, after: bool) -> None:
-        module, name = where.rsplit(".", 1)
-        owner = hydra.utils.get_object(module)
-        real, calls = getattr(owner, name), []
-
-        def cut(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == at and not after:
-                raise KeyboardInterrupt
-            out = real(*args, **kwargs)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-            return out
-
-        monkeypatch.setattr(owner, name, cut)
-        status, printed = in_process(program, *arguments)
-        assert status == 130, printed
-        assert "resume=" in printed
-        monkeypatch.setattr(owner, name, real)
-
-    return call
-
-
-CUTS = {  # where a Ctrl-C falls
-    "before the first checkpoint": dict(where="dprl.checkpoint.save", at=1, after=False),
-    "between a checkpoint and its being kept": dict(where="dprl.checkpoint.keep", at=2, after=False),
-    "right after a checkpoint": dict(where="dprl.checkpoint.keep", at=1, after=True),
-    "between checkpoints": dict(where="dprl.log.Metrics.log", at=4, after=True),
-    "before the result": dict(where="dprl.log.Metrics.close", at=1, after=True),
-}
-
-
-@pytest.mark.parametrize("cut", CUTS)
-def test_pretraining_interrupted_and_resumed_is_bit_identical(in_process, interrupted, cloned, cut):
-    whole, part = cloned / "runs/avoid-bc-0", cloned / "runs/part"
-    interrupted("pretrain.py", *CLONE, "out=runs/part", **CUTS[cut])
-    status, printed = in_process("pretrain.py", *CLONE, "out=runs/part", "resume=auto")
-    assert status == 0, printed
-    assert weights(part) == weights(whole)
-    assert metrics(part) == metrics(whole)
-    assert result(part)["bc"] == result(whole)["bc"]
-
-
-@pytest.fixture(scope="module", params=[DPPO, IDQL, GUIDED], ids=["dppo", "idql", "guided"])
-def tuned_once(cloned_once, request):
-    """A whole run of an algorithm, and the settings that made it."""
-    run = cloned_once / "runs" / f"whole-{request.param_index}"
-    command = [sys.executable, str(ROOT / "finetune.py"), *request.param, f"out=runs/{run.name}"]
-    subprocess.run(command, cwd=cloned_once, env=ENV, check=True, capture_output=True)
-    return run, request.param
-
-
-@pytest.mark.parametrize("cut", CUTS)
-def test_finetuning_interrupted_and_resumed_is_bit_identical(tuned_once, in_process, interrupted, cloned, cut):
-    (whole, settings), part = tuned_once, cloned / "runs/part"
-    place = CUTS[cut] | ({"at": 2} if cut == "before the first checkpoint" else {})  # the first saved is the base
-    interrupted("finetune.py", *settings, "out=runs/part", **place)
-    shutil.rmtree(cloned / "runs/avoid-bc-0")  # a run needs nothing but its own folder
-    status, printed = in_process("finetune.py", "resume=runs/part")
-    assert status == 0, printed
-    assert steps(whole) == steps(part)
-    assert weights(whole) == weights(part)
-    assert metrics(whole) == metrics(part)
-    one, other = result(whole), result(part)
-    for key in ("bc", "tuned", "env_steps", "evaluation_env_steps", "best_iteration", "curve"):
-        assert one[key] == other[key], key
-
-
-def test_the_same_seed_twice_is_bit_identical(tuned_once, command, cloned):
-    run, settings = tuned_once
-    command("finetune.py", *settings, "out=runs/again")
-    again = cloned / "runs/again"
-    assert weights(again) == weights(run)
-    assert metrics(again) == metrics(run)
-
-
-def test_cloning_twice_is_bit_identical(command, cloned):
-    command("pretrain.py", *CLONE, "out=runs/again-bc")
-    assert weights(cloned / "runs/again-bc") == weights(cloned / "runs/avoid-bc-0")
 
 
 def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(command, cloned):

@@ -11,7 +11,7 @@ from conftest import vec
 from gymnasium import spaces
 from torch import nn
 
-from dprl import rewards
+from dprl import rewards, rng
 from dprl.envs.collect import Collector, seeds
 from dprl.errors import UserError
 
@@ -214,3 +214,31 @@ def test_an_endless_environment_with_a_limit_given():
     envs = vec("Endless-v0", max_episode_steps=3, num_envs=1)
     envs.reset(seeds=[0])
     assert envs.step(np.ones((1, 4, 1))).truncated[0]
+
+
+@pytest.mark.parametrize("backend", ["sync", "async"])
+def test_episodes_come_about_again(backend):
+    actor = Constant(0.1, act_steps=3)
+    first, second = (collector(vec("Drawing-v0", num_envs=3, act_steps=3, backend=backend), 7, 1) for _ in range(2))
+    first(actor, 5)  # episodes of 4 steps: some have ended, some are under way
+    trace = first.trace()
+    np.random.seed(11)  # noqa: NPY002  whatever else was drawn
+    second(actor, 2)
+    assert second.retrace(trace)
+    assert second.env_steps == first.env_steps > 0
+    if backend == "sync":
+        state = rng.state()
+    one = first(actor, 4)
+    if backend == "sync":
+        rng.set_state(state)
+    two = second(actor, 4)
+    for key in ("obs", "rew", "length", "terminated"):
+        assert torch.equal(getattr(one, key), getattr(two, key)), key
+    first.envs.close()
+    second.envs.close()
+
+
+def test_episodes_that_do_not_come_about_again_are_told():
+    one = collector(vec("Counter-v0", num_envs=2), 7, 1)  # observes how often it was reset
+    one(Constant(), 2)
+    assert not one.retrace(one.trace())

@@ -12,14 +12,16 @@ class Algorithm(Protocol):
     """Built from ``configs/algo/<name>.yaml`` with ``policy``, the module that ``policy_from`` names.
 
     Its yaml has a node ``actor`` that builds ``actor`` from a policy; the checkpoint keeps that node, with the policy's
-    own node inside, and so reloads the tuned policy as exactly itself.
+    own node inside, and so reloads the tuned policy as exactly itself. A setting ``<name>_from`` that names a checkpoint is
+    pointed to the run's own copy of it when the run is resumed.
     """
 
     actor: nn.Module
 
     def train(self, collect: Collect) -> Iterator[dict[str, float]]:
         """Improves ``actor``, one iteration a ``next``. Between two of them the driver may evaluate, save, and begin
-        new episodes; after ``load_state_dict`` it goes on from where the state was taken.
+        new episodes (or save alone, where a signal ends the run); after ``load_state_dict`` it goes on from where the state
+        was taken.
 
         What an iteration tells is logged. ``validate`` among it is for the driver: True validates this actor now, False
         says that it is not one to choose; without it the driver validates every so many iterations. Keys that begin

@@ -48,9 +48,10 @@ class Tuner:
             metrics.log(values, step=self.iteration, done=self.percent)
             if due:
                 self.save(score, metrics, ranked=bool(asked))
+                signals.stop()
             elif signals.asked():
                 self.save_interrupted(metrics)
-            signals.stop()
+                signals.stop()
         if self.iteration != self.saved:
             validation = self.validate()
             metrics.log(validation.metrics("validation") | {"env_steps": self.collector.env_steps}, step=self.iteration, done=self.percent)
@@ -116,6 +117,7 @@ class Tuner:
                 return self.iteration, trainer["seconds"]
             discard(path)
         rng.set_state(fresh)
+        self.collector.env_steps = 0
         self.collector.reset(self.cfg.seed, 0)
         self.rng = rng.state()
         return None, 0.0

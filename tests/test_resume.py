@@ -17,6 +17,7 @@ from programs import CLONE, DPPO, GUIDED, IDQL, TUNE, metrics, result, weights
 
 from dprl import checkpoint
 from dprl.checkpoint import steps
+from dprl.envs.collect import Collector
 
 WAYS = [*DPPO, "algo=dppo_ways", "algo.env_steps=800"]
 SMALL = {  # policies to compare with
@@ -141,6 +142,19 @@ def test_tuning_stops_after_an_iteration_when_a_signal_asks(tuned_once, in_proce
     status, printed = in_process("finetune.py", "resume=runs/part")
     assert status == 0 and "do not come about" not in printed, printed
     same(cloned / "runs/part", whole)
+
+
+@pytest.mark.parametrize("iteration", [1, 3])
+def test_episodes_that_do_not_come_about_again_are_not_gone_on_with(in_process, disturbed, cloned, monkeypatch, iteration):
+    settings = [*DPPO, "algo.env_steps=800"]
+    assert in_process("finetune.py", *settings, "out=runs/whole")[0] == 0
+    place = dict(where="dprl.log.Metrics.log", at=1 + iteration, after=True, act=send("SIGTERM"))
+    disturbed("finetune.py", *settings, "out=runs/part", **place)
+    real = Collector.retrace
+    monkeypatch.setattr(Collector, "retrace", lambda self, trace: real(self, trace) and trace["acts"] is None)
+    status, printed = in_process("finetune.py", "resume=runs/part")
+    assert status == 0 and "do not come about again" in printed, printed
+    same(cloned / "runs/part", cloned / "runs/whole")
 
 
 def test_a_signal_outside_training_ends_at_once(in_process, disturbed, cloned):

@@ -13,10 +13,13 @@ from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import write_json
+from dprl.guards import Guard, Learned, Limits, descend
 from dprl.log import Metrics, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
 from dprl.precision import arithmetic
+
+FIELDS = ("obs", "act", "mask", "label")  # of windows
 
 
 class Cloner:
@@ -53,18 +56,15 @@ class Cloner:
         """Takes ``steps`` gradient steps; returns the mean loss and gradient norm."""
         s, total, norms = self.s, 0.0, 0.0
         lr_args = dict(lr=float(s.lr), final=float(s.lr_final), warmup=float(s.warmup))
-        max_norm, parameters = float(s.max_grad_norm), list(self.policy.parameters())
+        max_norm = float(s.max_grad_norm)
         self.policy.train()
         for _ in range(steps):
             rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
             set_lr(self.optimizer, rate)
             batch = self.order(self.step).to(self.windows.act.device)
             with self.arithmetic:
-                loss = self.policy.loss(*self.windows[batch])
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norms = norms + nn.utils.clip_grad_norm_(parameters, max_norm).detach()
-            self.optimizer.step()
+                loss = self.policy.loss(*(rows := self.windows[batch]))
+            norms = norms + descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, rows, strict=False)))
             self.ema.update_parameters(self.policy)
             total = total + loss.detach()
             self.step += 1
@@ -79,6 +79,9 @@ class Cloner:
             every = torch.arange(len(windows), device=windows.act.device)
             losses = [float(self.averaged.loss(*windows[part])) * len(part) for part in every.split(self.s.batch)]  # type: ignore[operator]
         return sum(losses) / len(windows)
+
+    def learned(self) -> list[Learned]:
+        return [self.policy, self.ema, self.optimizer]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -101,6 +104,7 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     """``pretrain.py``: reads the data, trains, evaluates, saves. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
+    run.check_guards(cfg)
     counts = dict(train__steps=1, train__batch=1, train__log_every=1, train__save_every=1)
     run.check_counts(cfg, **counts, evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1)
     device = run.prepare(cfg)
@@ -122,6 +126,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     trainer = {} if planned.step is None else checkpoint.load_trainer(checkpoint.at(folder, planned.step))
     if trainer:
         cloner.load_state_dict(trainer)
+    guard, limits = Guard(cloner.learned(), folder=folder, rollbacks=cfg.guards.rollbacks), Limits(run.limits(cfg))
+    guard.count = trainer.get("rollbacks", 0)
     metrics = Metrics(
         folder,
         logger(run=folder, config=run.plain(cfg), step=planned.step),
@@ -139,13 +145,15 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     while cloner.step < total:
         values = cloner.train(min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step))
         due = cloner.step == total or cloner.step % save_every == 0
+        values = guard.settle(values, cloner.step)
+        limits.check(values, cloner.step)
         if due and held_windows:
             values["validation/loss"] = cloner.validate(held_windows)
         if due and seeds:
             values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
         metrics.log(values, step=cloner.step, done=cloner.step)
         if due:
-            state = cloner.state_dict() | {"seconds": metrics.seconds}
+            state = cloner.state_dict() | {"seconds": metrics.seconds, "rollbacks": guard.count}
             checkpoint.save(checkpoint.at(folder, cloner.step), cloner.averaged, node=node, task=cfg.task.name, trainer=state)
             checkpoint.keep(folder, cloner.step, None)
     seconds = metrics.seconds

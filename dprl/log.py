@@ -14,6 +14,11 @@ from tqdm import tqdm
 from dprl.errors import found
 
 
+def warn(message: str) -> None:
+    """A line on the terminal, beside the live one."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 class Logger(Protocol):
     """Built with ``run`` (its folder), ``config`` and ``step`` (resumed at, or None) besides its own settings.
 

@@ -12,6 +12,7 @@ from dprl.envs.vector import VecEnv, check_fits
 from dprl.errors import found
 from dprl.evaluate import Evaluation, difference, evaluate, final_seeds
 from dprl.files import write_json
+from dprl.guards import Guard, Limits
 from dprl.log import Metrics, curve
 from dprl.report import write_choices, write_comparison
 
@@ -29,12 +30,16 @@ class Tuner:
         self.cfg, self.folder, self.algo, self.collector, self.envs, self.node = cfg, folder, algo, collector, envs, node
         self.iteration = self.saved = 0
         self.evaluation_steps = 0
+        self.guard = Guard(algo.learned(), folder=folder, rollbacks=cfg.guards.rollbacks)
+        self.limits = Limits(run.limits(cfg))
 
     def run(self, metrics: Metrics) -> None:
         """Iterations to the end of the budget; a checkpoint after every so many, and after the last."""
         self.begin()
         for values in self.algo.train(self.collector):
             self.iteration += 1
+            values = self.guard.settle(values, self.iteration)
+            self.limits.check(values, self.iteration)
             asked = values.pop("validate", None)
             due = self.iteration % self.cfg.evaluation.every == 0 or bool(asked)
             values |= self.collector.metrics()
@@ -80,6 +85,8 @@ class Tuner:
             "evaluation_steps": self.evaluation_steps,
             "seconds": seconds,
             "score": rank,
+            "rollbacks": self.guard.count,
+            "collector": self.collector.state_dict(),
             "algo": self.algo.state_dict(),
             "rng": run.rng_state(),
         }
@@ -101,6 +108,10 @@ class Tuner:
         self.algo.load_state_dict(trainer["algo"])
         self.iteration = self.saved = trainer["iteration"]
         self.evaluation_steps, self.collector.env_steps = trainer["evaluation_steps"], trainer["env_steps"]
+        self.guard.keep()
+        if "rollbacks" in trainer:  # a run that an earlier version began has none
+            self.guard.count = trainer["rollbacks"]
+            self.collector.load_state_dict(trainer["collector"])
         checkpoint.keep(self.folder, step, trainer["score"])  # in case the run was cut off between the two
         run.set_rng_state(trainer["rng"])
         return trainer["seconds"]
@@ -110,6 +121,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     """``finetune.py``. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
+    run.check_guards(cfg)
     run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
     choose, floor = cfg.evaluation.choose, cfg.evaluation.floor
     ways = ("best", "modes", "last", *(cfg.task.env.get("metrics") or ()))
@@ -132,7 +144,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=reward)
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, reward=reward, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
-    collector = Collector(train_envs, device=device)
+    collector = Collector(train_envs, device=device, drops=cfg.guards.dropped)
     algo: Algorithm = setup.construct(cfg.algo, "algo", policy=policy)
     if algo.progress(collector) >= 1:
         raise found("the budget holds not one iteration", "a larger one", "see algo.* and num_envs", "algo.env_steps=..., or num_envs=...")

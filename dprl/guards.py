@@ -120,9 +120,12 @@ class Guard:
 
 
 def _finite(state: Any) -> bool:
-    """Whether every tensor of a state is, looked at once: their norms are one wait for the device."""
-    leaves = [leaf for leaf in _pytree.tree_leaves(state) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
-    return not leaves or bool(torch.isfinite(torch.stack([leaf.abs().amax().float() for leaf in leaves])).all())
+    """Whether every number of a state is. One wait for each device that it is on."""
+    largest: dict[torch.device, list[Tensor]] = {}
+    for leaf in _pytree.tree_leaves(state):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+            largest.setdefault(leaf.device, []).append(leaf.abs().amax().float())
+    return all(bool(torch.isfinite(torch.stack(each)).all()) for each in largest.values())
 
 
 def _description(value: Tensor) -> dict[str, Any]:

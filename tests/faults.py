@@ -15,13 +15,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-WHAT = ("nan", "inf", "reset", "raise", "exit", "hang")
+WHAT = ("observation", "reward", "reset", "raise", "exit", "hang")
 
 
 class Faulty(gym.Wrapper):
     """``task``, any gymnasium id, whose step number ``at`` of all that this environment takes (from 1) goes wrong:
 
-    nan: NaN in what is observed; inf: an infinite reward; reset: NaN in what the next reset observes, from the first after
+    observation: NaN in what is observed; reward: an infinite one; reset: NaN in what the next reset observes, from the first after
     that step on; raise: an exception; exit: the process ends (as ``kill -9`` would end it); hang: it answers no more.
     With ``marker``, a file, it goes wrong once in all environments that share it: the first to get there makes the file.
     Without, at every step from ``at`` on. What is made to try a task out takes one chunk: ``at`` should be larger.
@@ -58,7 +58,7 @@ class Faulty(gym.Wrapper):
             os._exit(9)
         while self.what == "hang":
             time.sleep(1)
-        return (broken(obs), rew, *rest) if self.what == "nan" else (obs, math.inf, *rest)
+        return (broken(obs), rew, *rest) if self.what == "observation" else (obs, math.inf, *rest)
 
 
 def broken(obs: Any) -> Any:

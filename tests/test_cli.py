@@ -1,6 +1,7 @@
 """The programs as a user runs them: by subprocess, in an empty folder."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -150,6 +151,40 @@ def test_finetuning_interrupted_and_resumed_is_bit_identical(tuned_once, in_proc
     one, other = result(whole), result(part)
     for key in ("bc", "tuned", "env_steps", "evaluation_env_steps", "best_iteration", "curve"):
         assert one[key] == other[key], key
+
+
+@pytest.mark.slow
+def test_what_was_undone_stays_so_through_an_interruption(in_process, interrupted, cloned, monkeypatch):
+    """Losses of the second and of the fourth iteration are NaN; the cut falls between, after a checkpoint with a halved rate."""
+    from algos import dppo
+
+    real = dppo.DPPO.value
+    poison = lambda self, obs: real(self, obs) * (math.nan if torch.is_grad_enabled() and self.iteration in (1, 3) else 1)  # noqa: E731
+    monkeypatch.setattr(dppo.DPPO, "value", poison)
+    status, printed = in_process("finetune.py", *DPPO, "out=runs/whole")
+    assert status == 0 and "step 2: not finite: critic_loss" in printed and "(2 of 5)" in printed
+    whole, part = cloned / "runs/whole", cloned / "runs/part"
+    told = metrics(whole)
+    assert [line.get("rollbacks") for line in told[:7]] == [None, None, 1, 1, 2, 2, 2]
+    interrupted("finetune.py", *DPPO, "out=runs/part", **CUTS["between checkpoints"])
+    status, printed = in_process("finetune.py", "resume=runs/part")
+    assert status == 0, printed
+    assert weights(part) == weights(whole) and metrics(part) == told
+    status, printed = in_process("finetune.py", *DPPO, "out=runs/strict", "guards.rollbacks=1")
+    assert status == 2 and "training diverged at step 4" in printed and "look at runs/strict/diverged" in printed
+    assert (cloned / "runs/strict/diverged/batch_1.safetensors").is_file()
+    status, printed = in_process("finetune.py", "resume=runs/strict", "guards.rollbacks=2")  # patience may change
+    assert status == 0, printed
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_process_and_a_number(command, cloned, tmp_path):
+    faulty = ["task.env.id=faults:Faulty-v0", "+task.env.kwargs.task=dprl/Avoid-v0", f"+task.env.kwargs.marker={tmp_path}/once"]
+    for out, *what in (["lost", "+task.env.kwargs.what=exit", "task.env.backend=async"], ["nan", "+task.env.kwargs.what=observation"]):
+        (tmp_path / "once").unlink(missing_ok=True)
+        done = command("finetune.py", *DPPO, *faulty, *what, "+task.env.kwargs.at=150", f"out=runs/{out}")
+        assert metrics(cloned / "runs" / out)[-1]["train/dropped_episodes"] == 1, done.stderr
+        assert result(cloned / "runs" / out)["tuned"]["n"] == 6
 
 
 def test_the_same_seed_twice_is_bit_identical(tuned_once, command, cloned):

@@ -24,7 +24,7 @@ def faulty(what: str, at: int, marker=None, *, task: str = "toys:Counter-v0", **
 
 def test_a_step_that_is_not_finite_drops_its_chunk_and_leaves_the_rest(tmp_path, capsys):
     """Counter's episodes have 10 steps; in one environment the 7th step goes wrong, in the second chunk."""
-    collect = collector(faulty("nan", 7, tmp_path / "once"))
+    collect = collector(faulty("observation", 7, tmp_path / "once"))
     rollout = collect(Constant(), 4)
     bad, good = rollout[:, 0], rollout[:, 1]
     assert bad.length.tolist() == [4, 0, 4, 4]
@@ -41,7 +41,7 @@ def test_a_step_that_is_not_finite_drops_its_chunk_and_leaves_the_rest(tmp_path,
     assert "environment 0: the observation is nan at step 7 of its episode" in capsys.readouterr().err
 
 
-NAMED = [("inf", "the task's reward is inf at step 7"), ("reset", "the observation is nan after a reset")]
+NAMED = [("reward", "the task's reward is inf at step 7"), ("reset", "the observation is nan after a reset")]
 
 
 @pytest.mark.parametrize(("what", "message"), NAMED)
@@ -72,13 +72,13 @@ def test_pictures_and_keys_are_named(tmp_path, capsys):
     from dprl.envs.observe import keyed
 
     observe = partial(keyed, keys={"image": "pixels", "where": "place"})
-    collect = collector(faulty("nan", 2, tmp_path / "once", task="toys:Camera-v0", observe=observe, num_envs=1, act_steps=1))
+    collect = collector(faulty("observation", 2, tmp_path / "once", task="toys:Camera-v0", observe=observe, num_envs=1, act_steps=1))
     assert collect(Constant(act_steps=1), 4).length[:, 0].tolist() == [1, 0, 1, 1]
     assert "observation 'where' is nan at step 2" in capsys.readouterr().err
 
 
 def test_learners_never_see_a_dropped_chunk(tmp_path):
-    rollout = collector(faulty("nan", 7, tmp_path / "once"))(Constant(), 4)
+    rollout = collector(faulty("observation", 7, tmp_path / "once"))(Constant(), 4)
     chunks = from_rollout(rollout, 0.5)
     assert len(chunks) == 7 and (chunks["length"] > 0).all()
     rows = RolloutReturns.of(rollout, 0.5).rows
@@ -89,12 +89,12 @@ def test_learners_never_see_a_dropped_chunk(tmp_path):
 
 
 def test_an_environment_that_never_works_ends_the_run():
-    collect = Collector(faulty("inf", 6, num_envs=1), device=torch.device("cpu"), drops=3)
+    collect = Collector(faulty("reward", 6, num_envs=1), device=torch.device("cpu"), drops=3)
     collect.reset(0)
     with pytest.raises(UserError, match=r"environment 0 finishes no episode\n.*fewer than 3 in a row \(guards.dropped\)\n.*reward is inf"):
         collect(Constant(), 10)
     with pytest.raises(UserError, match=r"does not work\n.*\n.*observation is nan at step 1 "):
-        faulty("nan", 1)
+        faulty("observation", 1)
 
 
 @pytest.mark.parametrize("backend", ["sync", "async"])
@@ -120,7 +120,7 @@ def test_an_action_that_is_not_finite_is_named():
 
 def test_a_failed_episode_poisons_no_mean(tmp_path, capsys):
     """Whole episodes of Counter return 55 and are successes where ``end`` is 10; the bad one counts as the least seen."""
-    envs = faulty("nan", 17, tmp_path / "once", task="dprl/Avoid-v0", num_envs=2)
+    envs = faulty("observation", 17, tmp_path / "once", task="dprl/Avoid-v0", num_envs=2)
     result = evaluate(Constant(0.02, act_dim=2), envs, range(100, 105))
     assert result.dropped == 1 and result.summary()["dropped_episodes"] == 1
     assert np.isfinite(result.returns).all() and result.metrics("x")["x/dropped_episodes"] == 1
@@ -128,7 +128,7 @@ def test_a_failed_episode_poisons_no_mean(tmp_path, capsys):
     assert not result.success[failed - 100]
     assert result.returns[failed - 100] == result.returns.min()
     with pytest.raises(UserError, match="every episode of an evaluation"):
-        evaluate(Constant(), faulty("nan", 6), range(3))
+        evaluate(Constant(), faulty("observation", 6), range(3))
 
 
 @pytest.mark.parametrize("what", ["exit", "hang"])
@@ -191,7 +191,7 @@ def test_a_process_killed_between_two_chunks(tmp_path):
 
 
 def test_the_marker_is_made_once(tmp_path):
-    envs = [Faulty("toys:Counter-v0", "inf", 2, str(tmp_path / "once")) for _ in range(3)]
+    envs = [Faulty("toys:Counter-v0", "reward", 2, str(tmp_path / "once")) for _ in range(3)]
     for env in envs:
         env.reset()
     rewards = [[env.step(np.zeros(1))[1] for _ in range(4)] for env in envs]

@@ -3,6 +3,7 @@
 Letters: Ta steps of a chunk, To observed steps, O observation dim, A action dim, L steps that a chunk really ran.
 """
 
+import math
 import sys
 import traceback
 from collections import deque
@@ -201,8 +202,9 @@ class ChunkEnv(gym.Wrapper):
 def _not_finite(values: Any, name: str = "the observation") -> tuple[str, int, float] | None:
     """The first of ``values`` [L, ...], an array or a dictionary of them, that is NaN or inf: of what, in which row, which."""
     for key, part in values.items() if isinstance(values, dict) else [(None, values)]:
-        if part.dtype.kind == "f" and not np.isfinite(part).all():
-            where = np.argwhere(~np.isfinite(part))[0]
+        if part.dtype.kind != "f" or math.isfinite(np.add.reduce(part, None)):  # a fraction of the time of looking at each
+            continue
+        for where in np.argwhere(~np.isfinite(part)):  # none, if only the sum was too large
             return name if key is None else f"{name} '{key}'", int(where[0]), float(part[tuple(where)])
     return None
 

@@ -44,7 +44,7 @@ class Line:
     def wait(self, end: float | None) -> str | None:
         """Takes the answer, which ``recv`` gives; what went wrong if none came before ``end``, of ``time.monotonic``."""
         try:
-            if not self.pipe.poll(None if end is None else max(0.0, end - time.monotonic())):
+            if end is not None and not self.pipe.poll(max(0.0, end - time.monotonic())):
                 return "did not answer"
             self.answer = self.pipe.recv()
             return None
@@ -60,8 +60,10 @@ class Line:
 
 
 def reporting(make: Callable[[], gym.Env], folder: str, parent: int) -> gym.Env:
-    """``make()``; in a worker, where it crashed, or hung when it is asked, is written to a file of ``folder``."""
+    """``make()``; in a worker, where it crashed, or hung when it is asked, is written to a file of ``folder``. A Ctrl-C is
+    left to the parent, which ends its workers."""
     if os.getpid() != parent:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         file = (Path(folder) / str(os.getpid())).open("w")
         faulthandler.enable(file)
         if hasattr(faulthandler, "register"):  # not on Windows

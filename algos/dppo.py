@@ -19,6 +19,7 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate
 from dprl.chain import ChainActor
 from dprl.envs.collect import Collect, Rollout
 from dprl.errors import found
+from dprl.guards import Learned, descend
 from dprl.log import Sums
 from dprl.normalize import Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
@@ -182,7 +183,9 @@ class DPPO:
             batch_size=[t, n],
         )
         explained = 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
-        return batch.flatten(), {"explained_variance": float(explained), "value": float(value.mean())}
+        ran = rollout.ran.flatten()
+        rows: Any = batch.flatten()
+        return rows if bool(ran.all()) else rows[ran], {"explained_variance": float(explained), "value": float(value.mean())}
 
     def update(self, batch: TensorDict) -> dict[str, float]:
         """``epochs`` passes over the M states in minibatches of ``batch`` states, each with all its K' steps."""
@@ -204,7 +207,7 @@ class DPPO:
     def _step(self, rows: TensorDict, warm: bool) -> dict[str, Tensor]:
         loss = value_loss(self.value(rows["obs"]), rows["value"], rows["target"], self.value_clip)
         metrics = {"critic_loss": loss.detach()}
-        self._descend(self.critic_optimizer, self.critic, loss)
+        descend(self.critic_optimizer, loss, max_norm=self.max_grad_norm, batch=rows)
         if warm:
             return metrics
         adv = rows["adv"]
@@ -216,7 +219,7 @@ class DPPO:
             bc = self.bc_loss(rows["obs"])
             loss = loss + self.bc_weight * bc
             parts["bc_loss"] = bc.detach()
-        parts["grad_norm"] = self._descend(self.actor_optimizer, self.actor.tuned, loss)
+        parts["grad_norm"] = descend(self.actor_optimizer, loss, max_norm=self.max_grad_norm, batch=rows)
         return metrics | parts
 
     def bc_loss(self, obs: Obs) -> Tensor:
@@ -231,12 +234,8 @@ class DPPO:
         kl = 0.5 * self.actor.tuned.executed((tuned - base) / std).square().mean((-2, -1))  # [N*C]
         return (kl.view(-1, len(self.bc_share)) * self.bc_share).mean()
 
-    def _descend(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_grad_norm)
-        optimizer.step()
-        return norm.detach()
+    def learned(self) -> list[Learned]:
+        return [self.actor.tuned, self.critic, self.actor_optimizer, self.critic_optimizer]
 
     def state_dict(self) -> dict[str, Any]:
         return {

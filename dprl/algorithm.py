@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dprl.envs.collect import Collect
+from dprl.guards import Learned
 
 
 class Algorithm(Protocol):
@@ -31,6 +32,11 @@ class Algorithm(Protocol):
 
     def progress(self, collect: Collect) -> float:
         """How much of the budget is spent, 0..1; 1 when it does not hold another iteration."""
+        ...
+
+    def learned(self) -> list[Learned]:
+        """The modules and optimizers that gradient steps change: what is undone if an iteration ends in numbers that are not
+        finite. Steps are taken by ``guards.descend``."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

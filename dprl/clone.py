@@ -13,10 +13,13 @@ from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import write_json
+from dprl.guards import Guard, Learned, Limits, descend
 from dprl.log import Metrics, Sums, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
 from dprl.precision import arithmetic
+
+FIELDS = ("obs", "act", "mask", "label")  # of windows
 
 
 class Cloner:
@@ -55,7 +58,7 @@ class Cloner:
         if a signal ended it before."""
         s, rate = self.s, 0.0
         lr_args = dict(lr=float(s.lr), final=float(s.lr_final), warmup=float(s.warmup))
-        max_norm, parameters = float(s.max_grad_norm), list(self.policy.parameters())
+        max_norm = float(s.max_grad_norm)
         self.policy.train()
         while self.step < to:
             if signals.asked():
@@ -64,13 +67,10 @@ class Cloner:
             set_lr(self.optimizer, rate)
             batch = self.order(self.step).to(self.windows.act.device)
             with self.arithmetic:
-                loss = self.policy.loss(*self.windows[batch])
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-            self.optimizer.step()
+                loss = self.policy.loss(*(rows := self.windows[batch]))
+            norm = descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, rows, strict=False)))
             self.ema.update_parameters(self.policy)
-            self.told.add({"loss": loss.detach(), "grad_norm": norm.detach()})
+            self.told.add({"loss": loss.detach(), "grad_norm": norm})
             self.step += 1
         told, self.told = self.told.means(), Sums()
         return told | {"lr": rate}
@@ -82,6 +82,9 @@ class Cloner:
             every = torch.arange(len(windows), device=windows.act.device)
             losses = [float(self.averaged.loss(*windows[part])) * len(part) for part in every.split(self.s.batch)]  # type: ignore[operator]
         return sum(losses) / len(windows)
+
+    def learned(self) -> list[Learned]:
+        return [self.policy, self.ema, self.optimizer]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -104,6 +107,7 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     """``pretrain.py``: reads the data, trains, evaluates, saves. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
+    run.check_guards(cfg)
     counts = dict(train__steps=1, train__batch=1, train__log_every=1, train__save_every=1)
     run.check_counts(cfg, **counts, evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1)
     device = run.prepare(cfg)
@@ -128,6 +132,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
         cloner.load_state_dict(trainer)
         checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)  # in case the run was cut off before
     step = cloner.step if resumable else None
+    guard, limits = Guard(cloner.learned(), folder=folder, rollbacks=cfg.guards.rollbacks), Limits(run.limits(cfg))
+    guard.count = trainer.get("rollbacks", 0)
     metrics = Metrics(
         folder,
         logger(run=folder, config=run.plain(cfg), step=step),
@@ -145,7 +151,7 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
 
     def save(path: Path) -> None:
         metrics.to_disk()
-        state = cloner.state_dict() | {"seconds": metrics.seconds, "rng": rng.state()}
+        state = cloner.state_dict() | {"seconds": metrics.seconds, "rollbacks": guard.count, "rng": rng.state()}
         checkpoint.save(path, cloner.averaged, node=node, task=cfg.task.name, trainer=state)
         checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)
 
@@ -158,6 +164,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
                 if values is None:
                     save(checkpoint.interrupted(folder, cloner.step))
                     break
+                values = guard.settle(values, cloner.step)
+                limits.check(values, cloner.step)
                 due = cloner.step == total or cloner.step % save_every == 0
                 if due and held_windows:
                     values["validation/loss"] = cloner.validate(held_windows)

@@ -16,6 +16,11 @@ from dprl.errors import found
 from dprl.files import naming, replacing, to_disk
 
 
+def warn(message: str) -> None:
+    """A line on the terminal, beside the live one."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 class Logger(Protocol):
     """Built with ``run`` (its folder), ``config`` and ``step`` (resumed at, or None) besides its own settings.
 

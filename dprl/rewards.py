@@ -63,6 +63,14 @@ def clearance(t: Transition, *, distance: Callable[[np.ndarray], np.ndarray], co
     return -np.clip(1 - distance(t.next_obs[..., columns]) / margin, 0, 1)
 
 
+class NotFinite(UserError):
+    """A reward that is no number: which term's, of which of the steps, and what it is instead."""
+
+    def __init__(self, term: str, step: int, value: float):
+        super().__init__(str(found(f"reward term '{term}' is not finite", "numbers", value, "guard its divisions and logarithms")))
+        self.term, self.step, self.value = term, step, value
+
+
 class WeightedSum:
     """Named terms and their weights. ``parts`` gives every term's weighted share, [L, terms], in order of ``names``."""
 
@@ -88,11 +96,10 @@ class WeightedSum:
                     list(value.shape),
                     "reduce over the last axis only, e.g. .mean(-1)",
                 )
-            if not np.isfinite(value).all():
-                raise found(
-                    f"reward term '{name}' is not finite", "numbers", value[~np.isfinite(value)][0], "guard its divisions and logarithms"
-                )
             out[:, column] = weight * value
+            if not np.isfinite(out[:, column]).all():
+                step = int(np.flatnonzero(~np.isfinite(out[:, column]))[0])
+                raise NotFinite(name, step, float(value[step]))
         return out
 
     def __call__(self, transition: Transition) -> np.ndarray:

@@ -15,7 +15,7 @@ from dprl.errors import UserError, found
 from dprl.files import FULL, read_json, replacing
 from dprl.versions import versions
 
-UNSAVED = ("resume", "debug")  # keys that say how to run, not what
+UNSAVED = ("resume", "debug", "guards")  # keys that say how to run, not what; when to give up is one: it may change on resuming
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
     """
     if cfg.resume not in (None, "auto"):
         folder = Path(cfg.resume)
-        others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in UNSAVED]
+        others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] not in UNSAVED]
         if others:
             raise found(
                 "resume= goes on with the run's own settings",
@@ -141,6 +141,17 @@ def check_counts(cfg: DictConfig, **least: int) -> None:
         value = OmegaConf.select(cfg, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise found(f"{name} is out of range", f"a whole number of at least {smallest}", value, f"{name}={max(smallest, 1)}")
+
+
+def check_guards(cfg: DictConfig) -> None:
+    """Raises a ``UserError`` for a setting of ``guards`` out of range."""
+    check_counts(cfg, guards__dropped=1, guards__rollbacks=0, guards__workers__restarts=0)
+
+
+def limits(cfg: DictConfig) -> dict[str, Any]:
+    """``guards.limits`` as plain values, those that are null left out."""
+    plain: Any = OmegaConf.to_container(cfg.guards.limits, resolve=True)
+    return {key: limit for key, limit in plain.items() if limit is not None}
 
 
 def prepare(cfg: DictConfig) -> torch.device:

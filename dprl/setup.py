@@ -33,7 +33,9 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
 def environments(cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, reward: WeightedSum = TASK_ONLY, trace: bool = False) -> VecEnv:
     """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``."""
     sizes = dict(num_envs=num_envs, obs_steps=policy.obs_steps, act_steps=policy.act_steps)
-    return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace)
+    watched = OmegaConf.select(cfg, "guards.workers")  # a run's saved config has no guards
+    workers = None if watched is None else OmegaConf.to_container(watched)
+    return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace, workers=workers)
 
 
 def reward(cfg: DictConfig) -> WeightedSum:

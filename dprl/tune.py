@@ -12,6 +12,7 @@ from dprl.envs.vector import VecEnv, check_fits
 from dprl.errors import found
 from dprl.evaluate import Evaluation, difference, evaluate, final_seeds
 from dprl.files import discard, write_json
+from dprl.guards import Guard, Limits
 from dprl.log import Metrics, curve
 from dprl.report import write_choices, write_comparison
 
@@ -30,6 +31,8 @@ class Tuner:
         self.iteration = self.saved = 0
         self.evaluation_steps = 0
         self.rng: dict[str, Any] = {}
+        self.guard = Guard(algo.learned(), folder=folder, rollbacks=cfg.guards.rollbacks)
+        self.limits = Limits(run.limits(cfg))
 
     def run(self, metrics: Metrics) -> None:
         """Iterations to the end of the budget; a checkpoint after every so many, and after the last. A signal ends the run
@@ -37,6 +40,8 @@ class Tuner:
         rng.set_state(self.rng)  # what a logger drew does not count
         for values in self.algo.train(self.collector):
             self.iteration += 1
+            values = self.guard.settle(values, self.iteration)
+            self.limits.check(values, self.iteration)
             asked = values.pop("validate", None)
             due = self.iteration % self.cfg.evaluation.every == 0 or bool(asked)
             values |= self.collector.metrics()
@@ -95,6 +100,8 @@ class Tuner:
             "evaluation_steps": self.evaluation_steps,
             "seconds": metrics.seconds,
             "score": rank,
+            "rollbacks": self.guard.count,
+            "collector": self.collector.state_dict(),
             "algo": self.algo.state_dict(),
             "episodes": self.collector.trace(),
             "rng": rng.state(),
@@ -126,6 +133,9 @@ class Tuner:
         self.algo.actor.load_state_dict(checkpoint.load(path).actor.state_dict())
         self.algo.load_state_dict(trainer["algo"])
         self.iteration, self.saved, self.evaluation_steps = (trainer[key] for key in ("iteration", "saved", "evaluation_steps"))
+        self.collector.load_state_dict(trainer["collector"])
+        self.guard.count = trainer["rollbacks"]
+        self.guard.keep()
         if self.saved == self.iteration:  # in case the run was cut off between the two
             checkpoint.keep(self.folder, self.iteration, trainer["score"], newest=self.cfg.checkpoints)
         self.rng = trainer["rng"]
@@ -135,6 +145,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     """``finetune.py``. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
+    run.check_guards(cfg)
     run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
     choose, floor = cfg.evaluation.choose, cfg.evaluation.floor
     ways = ("best", "modes", "last", *(cfg.task.env.get("metrics") or ()))
@@ -157,7 +168,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=reward)
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, reward=reward, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
-    collector = Collector(train_envs, device=device)
+    collector = Collector(train_envs, device=device, drops=cfg.guards.dropped)
     algo: Algorithm = setup.construct(own.algo, "algo", policy=policy)
     if algo.progress(collector) >= 1:
         raise found("the budget holds not one iteration", "a larger one", "see algo.* and num_envs", "algo.env_steps=..., or num_envs=...")

@@ -32,6 +32,16 @@ def test_from_demonstrations_to_a_comparison(command, cloned):
     assert (cloned / "runs/compare/compare.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_a_run_survives_a_process_and_a_number(command, cloned, tmp_path):
+    faulty = ["task.env.id=faults:Faulty-v0", "+task.env.kwargs.task=dprl/Avoid-v0", f"+task.env.kwargs.marker={tmp_path}/once"]
+    for out, *what in (["lost", "+task.env.kwargs.what=exit", "task.env.backend=async"], ["nan", "+task.env.kwargs.what=observation"]):
+        (tmp_path / "once").unlink(missing_ok=True)
+        done = command("finetune.py", *DPPO, *faulty, *what, "+task.env.kwargs.at=150", f"out=runs/{out}")
+        assert metrics(cloned / "runs" / out)[-1]["train/dropped_episodes"] == 1, done.stderr
+        assert result(cloned / "runs" / out)["tuned"]["n"] == 6
+
+
 def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(command, cloned):
     offline = [*IDQL, "algo.online_steps=0", "algo.clone_lr=0", "evaluation.choose=last"]
     command("finetune.py", *offline, "out=runs/offline")

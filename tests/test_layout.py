@@ -126,7 +126,7 @@ def test_every_yaml_composes_and_instantiates(path):
             with torch.device("meta"):  # hundreds of millions of numbers, else
                 assert setup.construct(cfg.policy, "policy").act_dim == 2
         elif group == "task":
-            check_call(cfg.task.env, num_envs=1, obs_steps=1, act_steps=1, reward=None)
+            check_call(cfg.task.env, num_envs=1, obs_steps=1, act_steps=1, reward=None, workers=None)
             check_call(cfg.task.expert, seed=0)
             check_call(cfg.task.plot, axis=None, evaluation=None)
             assert setup.modes(cfg) in (None, *cfg.task.env.info_keys)

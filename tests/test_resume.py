@@ -1,5 +1,6 @@
 """Runs that were cut off anywhere, by anything, end as if they had not been; and the same command twice ends the same."""
 
+import math
 import os
 import resource
 import shutil
@@ -165,6 +166,30 @@ def test_a_signal_outside_training_ends_at_once(in_process, disturbed, cloned):
     assert not (cloned / "runs/part/result.json").exists()
     assert in_process("finetune.py", "resume=runs/part")[0] == 0
     assert (cloned / "runs/part/comparison.png").exists()
+
+
+@pytest.mark.slow
+def test_what_was_undone_stays_so_through_an_interruption(in_process, disturbed, cloned, monkeypatch):
+    """Losses of the second and of the fourth iteration are NaN; the cut falls between, after a checkpoint with a halved rate."""
+    from algos import dppo
+
+    real = dppo.DPPO.value
+    poison = lambda self, obs: real(self, obs) * (math.nan if torch.is_grad_enabled() and self.iteration in (1, 3) else 1)  # noqa: E731
+    monkeypatch.setattr(dppo.DPPO, "value", poison)
+    status, printed = in_process("finetune.py", *DPPO, "out=runs/whole")
+    assert status == 0 and "step 2: not finite: critic_loss" in printed and "(2 of 5)" in printed
+    whole, part = cloned / "runs/whole", cloned / "runs/part"
+    told = metrics(whole)
+    assert [line.get("rollbacks") for line in told[:7]] == [None, None, 1, 1, 2, 2, 2]
+    disturbed("finetune.py", *DPPO, "out=runs/part", **CUTS["between checkpoints"])
+    status, printed = in_process("finetune.py", "resume=runs/part")
+    assert status == 0, printed
+    assert weights(part) == weights(whole) and metrics(part) == told
+    status, printed = in_process("finetune.py", *DPPO, "out=runs/strict", "guards.rollbacks=1")
+    assert status == 2 and "training diverged at step 4" in printed and "look at runs/strict/diverged" in printed
+    assert (cloned / "runs/strict/diverged/batch_1.safetensors").is_file()
+    status, printed = in_process("finetune.py", "resume=runs/strict", "guards.rollbacks=2")  # patience may change
+    assert status == 0, printed
 
 
 def test_the_same_seed_twice_is_bit_identical(tuned_once, in_process, cloned):

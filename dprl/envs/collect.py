@@ -12,13 +12,21 @@ from torch import Tensor
 
 from dprl import rng
 from dprl.envs.vector import VecEnv, VecStep
+from dprl.errors import found
+from dprl.log import warn
 from dprl.normalize import Obs
 from dprl.policy import Actor
 
 
 @tensorclass
 class Rollout:  # type: ignore[misc]
-    """T chunks of N environments. Discounting is the algorithm's: inside a chunk by step, across by ``length``."""
+    """T chunks of N environments. Discounting is the algorithm's: inside a chunk by step, across by ``length``.
+
+    A chunk of length 0 was dropped (see ``VecStep``), and its row keeps the rollout rectangular. It has no reward, is
+    truncated, and leads to the state that it began in, so that r + gamma^length V(next_obs) - V(obs) is 0 and what ran
+    before it in its episode counts as cut off by time: in every recursion over T it changes nothing. Its action led
+    nowhere, though: an algorithm that learns from single rows leaves out those that are not ``ran``.
+    """
 
     obs: Obs  # [T, N, To, O]
     act: Tensor  # [T, N, Ta, A] in environment units
@@ -29,6 +37,11 @@ class Rollout:  # type: ignore[misc]
     truncated: Tensor  # [T, N]
     success: Tensor  # [T, N]
     extra: TensorDict  # [T, N, ...] what the actor wanted recorded
+
+    @property
+    def ran(self) -> Tensor:
+        """[T, N]"""
+        return self.length > 0
 
 
 class Collect(Protocol):
@@ -60,10 +73,15 @@ def seeds(count: int, *entropy: int) -> list[int]:
 
 
 class Collector:
-    """Steps a ``VecEnv`` with an actor; resets an environment where its episode ends, and only there."""
+    """Steps a ``VecEnv`` with an actor; resets an environment where its episode ends, and only there.
 
-    def __init__(self, envs: VecEnv, *, device: torch.device):
-        self.envs, self.device = envs, device
+    An episode with a dropped chunk is no finished one, and the steps of that chunk do not count. After ``drops`` such
+    episodes in a row in one environment a ``UserError`` ends the run; None: never.
+    """
+
+    def __init__(self, envs: VecEnv, *, device: torch.device, drops: int | None = None):
+        self.envs, self.device, self.drops = envs, device, drops
+        self.dropped, self.in_a_row = 0, [0] * envs.num_envs  # episodes of all, and of each
         self.num_envs, self.act_steps = envs.num_envs, envs.act_steps
         self.env_steps = 0
         self._obs: Any = None
@@ -80,13 +98,14 @@ class Collector:
 
     @torch.no_grad()
     def __call__(self, actor: Actor, chunks: int) -> Rollout:
-        """``chunks`` chunks in every environment."""
+        """``chunks`` chunks in every environment; once more if every one of them was dropped."""
         taken = []
         for _ in range(chunks):
             obs = to_torch(self._obs, self.device)
             act, extra = actor(obs)
             taken.append((obs, act, extra, self._step(act.cpu().numpy())))
-        return self._rollout(taken)
+        ran = any(step.length.any() for *_, step in taken)
+        return self._rollout(taken) if ran else self(actor, chunks)
 
     def _step(self, act: np.ndarray) -> VecStep:
         step = self.envs.step(act)
@@ -134,19 +153,40 @@ class Collector:
         self._success |= step.success
         self._terms += step.terms.sum(0)
         self._steps += int(step.length.sum())
+        dropped = step.faults | step.lost
         for i in np.flatnonzero(step.done):
-            self._finished.append((self._return[i], self._length[i], self._success[i]))
+            if i not in dropped:
+                self._finished.append((self._return[i], self._length[i], self._success[i]))
+                self.in_a_row[i] = 0
+        for i, why in dropped.items():
+            self._drop(i, why)
         self._return[step.done] = self._length[step.done] = self._success[step.done] = 0
 
+    def _drop(self, i: int, why: str) -> None:
+        self.dropped += 1
+        self.in_a_row[i] += 1
+        if self.drops is not None and self.in_a_row[i] >= self.drops:
+            most = f"fewer than {self.drops} in a row (guards.dropped)"
+            raise found(f"environment {i} finishes no episode", most, why, "repair the environment, or its reward")
+        warn(f"environment {i}: {why}; its episode is dropped ({self.dropped} so far)")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dropped": self.dropped, "in_a_row": list(self.in_a_row)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dropped, self.in_a_row = state["dropped"], list(state["in_a_row"])
+
     def metrics(self) -> dict[str, float]:
-        """Since the last call: episodes that finished, and every reward term's mean a step. For watching a run only:
-        the episodes that happen to finish in a window favour the short ones."""
+        """Since the last call: episodes that finished, and every reward term's mean a step; the episodes dropped so far, if
+        any. For watching a run only: the episodes that happen to finish in a window favour the short ones."""
         out: dict[str, float] = {"env_steps": self.env_steps}
         if self._finished:
             returns, lengths, successes = np.array(self._finished, float).T
             out |= {"train/return": returns.mean(), "train/length": lengths.mean(), "train/episodes": len(returns)}
             if self.envs.has_success:
                 out["train/success"] = successes.mean()
+        if self.dropped:
+            out["train/dropped_episodes"] = self.dropped
         if self._steps:
             out |= {f"reward/{name}": total / self._steps for name, total in zip(self.envs.terms, self._terms, strict=True)}
         self._clear_metrics()

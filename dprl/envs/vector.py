@@ -3,18 +3,17 @@
 Letters: N environments, Ta steps of a chunk, To observed steps, O observation dim, A action dim.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from dprl.envs import worker
 from dprl.envs.chunk import ChunkEnv, make_one
 from dprl.envs.observe import Observe
+from dprl.envs.workers import Workers
 from dprl.errors import UserError, found
 from dprl.rewards import WeightedSum
 
@@ -23,7 +22,11 @@ TAKEN = ("success", "return", "return_std", "length", "n", "value", "discounted"
 
 @dataclass(frozen=True)
 class VecStep:
-    """What one chunk brought in each environment. ``obs`` is the true successor, never the observation of a reset."""
+    """What one chunk brought in each environment. ``obs`` is the true successor, never the observation of a reset.
+
+    ``faults`` and ``lost`` tell, by environment, why its chunk was dropped: for a number that is not finite, or with the
+    process that it ran in. Such a chunk is truncated, has length 0, and its successor is the observation before it.
+    """
 
     obs: Any  # [N, To, O]
     rew: np.ndarray  # [N, Ta]
@@ -35,6 +38,8 @@ class VecStep:
     terms: np.ndarray  # [N, terms]
     info: dict[str, np.ndarray]  # [N] a key; NaN where an environment said nothing
     trace: np.ndarray | None  # [N, Ta, O] the vectors observed
+    faults: dict[int, str]
+    lost: dict[int, str]
 
     @property
     def done(self) -> np.ndarray:
@@ -46,7 +51,7 @@ class VecEnv:
 
     def __init__(
         self,
-        envs: SyncVectorEnv | AsyncVectorEnv,
+        envs: SyncVectorEnv | Workers,
         *,
         terms: Sequence[str],
         has_success: bool,
@@ -78,6 +83,10 @@ class VecEnv:
 
     def step(self, act: np.ndarray) -> VecStep:
         """Acts the chunks [N, Ta, A]. An environment whose episode has ended wants ``reset`` or ``rest`` first."""
+        if not np.isfinite(act).all():
+            i, t, a = (int(x) for x in np.argwhere(~np.isfinite(act))[0])
+            got = f"{act[i, t, a]} for environment {i}, in step {t + 1} of the chunk, dimension {a}"
+            raise found("the policy acts what is no number", "finite actions", got, "an earlier checkpoint, or smaller learning rates")
         obs, _, terminated, truncated, info = self.envs.step(act)
         return VecStep(
             obs=obs,
@@ -90,6 +99,8 @@ class VecEnv:
             terms=info["terms"],
             info={key: info[f"info/{key}"] for key in (*self.info_keys, *self.metrics)},
             trace=info.get("trace"),
+            faults={i: why for i, why in enumerate(info.get("fault", ())) if why},
+            lost=info.get("lost", {}),
         )
 
     def close(self) -> None:
@@ -118,11 +129,12 @@ def make_vec(
     act_steps: int,
     reward: WeightedSum,
     trace: bool = False,
+    workers: Mapping[str, Any] | None = None,
 ) -> VecEnv:
     """A vector of any gymnasium environment, in this process (``sync``) or a process each (``async``).
 
     ``info_keys`` and ``metrics`` are keys of ``info`` whose last value in an episode is kept: ``metrics`` are numbers that
-    an evaluation takes the mean of.
+    an evaluation takes the mean of. ``workers`` is how processes are watched (see ``Workers``); None: they are not.
     """
     if num_envs < 1:
         raise found("too few environments", "num_envs of at least 1", num_envs, "num_envs=1 or more")
@@ -145,19 +157,22 @@ def make_vec(
         metrics=metrics,
         trace=trace,
     )
-    _try_out(make())
+    makes = [partial(make, index=i) for i in range(num_envs)]
+    _try_out(makes[0]())
     if backend == "sync":
-        envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        envs = SyncVectorEnv(makes, autoreset_mode=AutoresetMode.DISABLED)
     else:
-        envs = AsyncVectorEnv([partial(worker.make, make, os.getpid())] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        envs = Workers(makes, **(workers or dict(timeout=None, restarts=0)))
     return VecEnv(envs, terms=reward.names, has_success=success_key is not None, info_keys=info_keys, metrics=metrics)
 
 
 def _try_out(env: ChunkEnv) -> None:
     """One chunk, so that a mistake in the task or the reward is told before a run begins, and in this process."""
     env.reset(seed=0)
-    env.step(np.zeros(env.action_space.shape, np.float32))  # type: ignore[arg-type]
+    *_, info = env.step(np.zeros(env.action_space.shape, np.float32))  # type: ignore[arg-type]
     env.close()
+    if "fault" in info:
+        raise found("the environment does not work", "finite observations and rewards", info["fault"], "guard its divisions and logarithms")
 
 
 def check_fits(envs: VecEnv, *, obs_shape, act_dim: int, source: str) -> None:

@@ -13,6 +13,7 @@ from dprl.critic import Critic
 from dprl.diffusion import Estimate, Guide
 from dprl.errors import UserError, found
 from dprl.normalize import Obs
+from dprl.partials import plain
 from dprl.policy import Wrapper, repeated
 
 Value = Callable[[Tensor, Tensor], Tensor]  # obs [N, To, O] and act [N, Ta, A] in environment units -> [N], more is better
@@ -70,7 +71,7 @@ class GuidedActor(Wrapper):
             what = "algo.actor.normalize=data is for the slope of a critic at clean chunks"
             raise found(what, "no value, at=clean, jacobian=identity", f"{value}, {at}, {jacobian}", "algo.actor.normalize=sample")
         self.policy = policy
-        self.value, self.critic = value, None if value is not None else critic(policy=policy)
+        self.value, self.critic = plain(value), None if value is not None else critic(policy=policy)
         if self.critic is not None and candidates > 1 and len(self.critic.target) < 2:
             raise found("ranking wants a member that did not guide", "members of at least 2", 1, "algo.actor.critic.members=2")
         sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps, act_dim=policy.act_dim, act_steps=policy.act_steps)

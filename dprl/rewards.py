@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dprl.errors import UserError, found
+from dprl.partials import plain
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def from_config(terms: Mapping[str, Mapping[str, Any]]) -> WeightedSum:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise found(f"{where}.weight is no number", "such as 1.0", weight, f"{where}.weight=1.0")
         try:
-            function = instantiate({**term, "_partial_": True, "_convert_": "all"})
+            function = plain(instantiate({**term, "_partial_": True, "_convert_": "all"}))
         except InstantiationException as error:
             cause = error.__cause__ or error
             while cause.__cause__ is not None:

@@ -129,7 +129,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         raise found(f"{start.path} was made for another task", cfg.task.name, start.task, fix)
     policy, plot, modes = start.actor, setup.plot(cfg), setup.modes(cfg)
     reward = setup.reward(cfg)
-    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=reward)
+    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, seeded=False, reward=reward)
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, reward=reward, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
     collector = Collector(train_envs, device=device)

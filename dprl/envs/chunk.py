@@ -131,7 +131,7 @@ class ChunkEnv(gym.Wrapper):
         for key in self.info_keys:
             out[f"info/{key}"] = float(infos[-1].get(key, np.nan)) if infos else np.nan
         for key in self.metrics:
-            out[f"info/{key}"] = float(_said(infos[-1], key, "task.env.metrics", "[<key>]")) if infos else np.nan
+            out[f"info/{key}"] = float(said(infos[-1], key, "task.env.metrics", "[<key>]")) if infos else np.nan
         if self.traced is not None:
             size, take = self.traced
             out["trace"] = np.full((self.act_steps, size), np.nan, np.float32)
@@ -142,7 +142,7 @@ class ChunkEnv(gym.Wrapper):
     def _success(self, info: dict) -> bool:
         if self.success_key is None:
             return False
-        return bool(_said(info, self.success_key, "task.env.success_key", "<key> or null"))
+        return bool(said(info, self.success_key, "task.env.success_key", "<key> or null"))
 
     def _stack(self, items: list) -> Any:
         return concatenate(self.single_space, items, create_empty_array(self.single_space, len(items)))
@@ -151,7 +151,7 @@ class ChunkEnv(gym.Wrapper):
         return self._stack(list(self.history))
 
 
-def _said(info: dict, key: str, setting: str, form: str) -> Any:
+def said(info: dict, key: str, setting: str, form: str) -> Any:
     """``info[key]``, or a ``UserError`` about the setting that names it."""
     if key not in info:
         raise found(f"{setting} names nothing", f"a key of info: {sorted(info)}", key, f"{setting}={form}")

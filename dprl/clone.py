@@ -1,5 +1,6 @@
 """Behaviour cloning: the one trainer of every policy that has a ``loss(obs, act, mask)``."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dprl import checkpoint, run, setup
+from dprl import checkpoint, report, run, setup
 from dprl.data.episodes import Episodes
 from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
@@ -17,6 +18,7 @@ from dprl.log import Metrics, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
 from dprl.precision import arithmetic
+from dprl.profile import Clock, NoClock, clock, timed
 
 
 class Cloner:
@@ -25,8 +27,17 @@ class Cloner:
     ``settings``: steps batch lr lr_final warmup weight_decay max_grad_norm ema padding precision.
     """
 
-    def __init__(self, policy: ChunkPolicy, episodes: Episodes, *, settings: DictConfig, seed: int, device: torch.device):
-        self.s = settings
+    def __init__(
+        self,
+        policy: ChunkPolicy,
+        episodes: Episodes,
+        *,
+        settings: DictConfig,
+        seed: int,
+        device: torch.device,
+        clock: Clock | NoClock | None = None,
+    ):
+        self.s, self.clock = settings, clock or NoClock()
         self.policy, self.device = policy, device
         self.arithmetic = arithmetic(settings.precision, device)
         self.windows = self.windows_of(episodes)
@@ -58,9 +69,10 @@ class Cloner:
         for _ in range(steps):
             rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
             set_lr(self.optimizer, rate)
-            batch = self.order(self.step).to(self.windows.act.device)
+            with self.clock("data"):
+                batch = self.windows[self.order(self.step).to(self.windows.act.device)]
             with self.arithmetic:
-                loss = self.policy.loss(*self.windows[batch])
+                loss = self.policy.loss(*batch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norms = norms + nn.utils.clip_grad_norm_(parameters, max_norm).detach()
@@ -114,7 +126,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     for part in (kept, *([held] if held else [])):
         check_sizes(envs, part)
         check_actions(envs, part)
-    cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
+    spent = clock(cfg.profile, device)
+    cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device, clock=spent)
     held_windows = cloner.windows_of(held) if held else None
     logger = setup.logger(cfg)
 
@@ -136,14 +149,20 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     print(f"{len(kept)} episodes, {len(kept.act)} steps from {kept.source}; {parameters:,} parameters, {device}")
     log_every, save_every, total = cfg.train.log_every, cfg.train.save_every, cfg.train.steps
     seeds = range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)
-    while cloner.step < total:
-        values = cloner.train(min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step))
+
+    def stretches() -> Iterator[dict[str, float]]:
+        while cloner.step < total:
+            yield cloner.train(min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step))
+
+    for values in timed(stretches(), spent, "update", folder / "trace.json" if cfg.profile == "trace" else None):
         due = cloner.step == total or cloner.step % save_every == 0
         if due and held_windows:
             values["validation/loss"] = cloner.validate(held_windows)
         if due and seeds:
-            values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
-        metrics.log(values, step=cloner.step, done=cloner.step)
+            with spent("evaluation"):
+                values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
+        with spent("log"):
+            metrics.log(values, step=cloner.step, done=cloner.step)
         if due:
             state = cloner.state_dict() | {"seconds": metrics.seconds}
             checkpoint.save(checkpoint.at(folder, cloner.step), cloner.averaged, node=node, task=cfg.task.name, trainer=state)
@@ -151,7 +170,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     seconds = metrics.seconds
     metrics.close()
 
-    final = evaluate(cloner.averaged, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
+    with spent("evaluation"):
+        final = evaluate(cloner.averaged, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
     envs.close()
     result = {
         **run.identity(cfg),
@@ -161,6 +181,9 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
         "bc": final.summary(modes),
         "curve": curve(folder, "evaluation/"),
     }
+    if told := spent.told():
+        result["profile"] = told
+        print(report.parts(told))
     write_json(folder / "result.json", result)
     print(f"{folder}: {final.describe()} after {total} steps in {seconds / 60:.1f} min")
     return folder

@@ -14,7 +14,7 @@ from dprl.errors import UserError, found
 from dprl.files import read_json, replacing, write_json
 from dprl.versions import versions
 
-UNSAVED = ("resume", "debug")  # keys that say how to run, not what
+UNSAVED = ("resume", "debug", "profile")  # keys that say how to run, not what
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dprl import checkpoint, run, setup
+from dprl import checkpoint, report, run, setup
 from dprl.algorithm import Algorithm
 from dprl.envs.collect import Collector
 from dprl.envs.vector import VecEnv, check_fits
@@ -13,6 +13,7 @@ from dprl.errors import found
 from dprl.evaluate import Evaluation, difference, evaluate, final_seeds
 from dprl.files import write_json
 from dprl.log import Metrics, curve
+from dprl.profile import clock, timed
 from dprl.report import write_choices, write_comparison
 
 
@@ -27,13 +28,15 @@ class Tuner:
 
     def __init__(self, cfg: DictConfig, folder: Path, algo: Algorithm, collector: Collector, envs: VecEnv, node: dict[str, Any]):
         self.cfg, self.folder, self.algo, self.collector, self.envs, self.node = cfg, folder, algo, collector, envs, node
+        self.clock = collector.clock
         self.iteration = self.saved = 0
         self.evaluation_steps = 0
 
     def run(self, metrics: Metrics) -> None:
         """Iterations to the end of the budget; a checkpoint after every so many, and after the last."""
         self.begin()
-        for values in self.algo.train(self.collector):
+        trace = self.folder / "trace.json" if self.cfg.profile == "trace" else None
+        for values in timed(self.algo.train(self.collector), self.clock, "update", trace):
             self.iteration += 1
             asked = values.pop("validate", None)
             due = self.iteration % self.cfg.evaluation.every == 0 or bool(asked)
@@ -43,7 +46,8 @@ class Tuner:
                 validation = self.validate()
                 values |= validation.metrics("validation", intervals=bool(asked))
                 score = self.score(validation)
-            metrics.log(values, step=self.iteration, done=self.percent)
+            with self.clock("log"):
+                metrics.log(values, step=self.iteration, done=self.percent)
             if due:
                 self.save(score, metrics.seconds, ranked=bool(asked))
         if self.iteration != self.saved:
@@ -59,7 +63,8 @@ class Tuner:
     def validate(self) -> Evaluation:
         """The present actor on the validation seeds."""
         settings = self.cfg.evaluation
-        result = evaluate(self.algo.actor, self.envs, range(settings.seed, settings.seed + settings.episodes))
+        with self.clock("evaluation"):
+            result = evaluate(self.algo.actor, self.envs, range(settings.seed, settings.seed + settings.episodes))
         self.evaluation_steps += int(result.lengths.sum())
         return result
 
@@ -85,8 +90,9 @@ class Tuner:
         }
         path = checkpoint.at(self.folder, self.iteration)
         node = self.node | getattr(self.algo.actor, "settings", {})  # what it has chosen of its own config
-        checkpoint.save(path, self.algo.actor, node=node, task=self.cfg.task.name, trainer=trainer)
-        checkpoint.keep(self.folder, self.iteration, rank)
+        with self.clock("checkpoint"):
+            checkpoint.save(path, self.algo.actor, node=node, task=self.cfg.task.name, trainer=trainer)
+            checkpoint.keep(self.folder, self.iteration, rank)
         self.begin()
 
     def begin(self) -> None:
@@ -132,13 +138,14 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, seeded=False, reward=reward)
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, reward=reward, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
-    collector = Collector(train_envs, device=device)
+    collector = Collector(train_envs, device=device, clock=clock(cfg.profile, device))
     algo: Algorithm = setup.construct(cfg.algo, "algo", policy=policy)
     if algo.progress(collector) >= 1:
         raise found("the budget holds not one iteration", "a larger one", "see algo.* and num_envs", "algo.env_steps=..., or num_envs=...")
     logger = setup.logger(cfg)
     finals = final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes)
-    before = evaluate(policy, envs, finals)
+    with collector.clock("evaluation"):
+        before = evaluate(policy, envs, finals)
 
     planned.begin()
     if not base.exists():
@@ -164,9 +171,13 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     train_envs.close()
 
     best = checkpoint.load(folder, device=device)
-    after = evaluate(best.actor, envs, finals)
+    with collector.clock("evaluation"):
+        after = evaluate(best.actor, envs, finals)
     envs.close()
     result = comparison(cfg, tuner, before, after, modes=modes, best=int(best.path.name), seconds=seconds)
+    if told := tuner.clock.told():
+        result["profile"] = told
+        print(report.parts(told))
     write_json(folder / "result.json", result)
     write_comparison(folder, result, before, after, plot)
     write_choices(folder, result["curve"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from dprl.envs.vector import VecEnv, VecStep
 from dprl.normalize import Obs
 from dprl.policy import Actor
+from dprl.profile import Clock, NoClock
 
 
 @tensorclass
@@ -56,8 +57,8 @@ def seeds(count: int, *entropy: int) -> list[int]:
 class Collector:
     """Steps a ``VecEnv`` with an actor; resets an environment where its episode ends, and only there."""
 
-    def __init__(self, envs: VecEnv, *, device: torch.device):
-        self.envs, self.device = envs, device
+    def __init__(self, envs: VecEnv, *, device: torch.device, clock: Clock | NoClock | None = None):
+        self.envs, self.device, self.clock = envs, device, clock or NoClock()
         self.num_envs, self.act_steps = envs.num_envs, envs.act_steps
         self.env_steps = 0
         self._obs: Any = None
@@ -76,10 +77,13 @@ class Collector:
         taken = []
         for _ in range(chunks):
             obs = to_torch(self._obs, self.device)
-            act, extra = actor(obs)
-            step = self.envs.step(act.cpu().numpy())
+            with self.clock("policy"):
+                act, extra = actor(obs)
+                chunk = act.cpu().numpy()
+            with self.clock("env"):
+                step = self.envs.step(chunk)
+                self._obs = self.envs.reset(mask=step.done) if step.done.any() else step.obs
             self._count(step)
-            self._obs = self.envs.reset(mask=step.done) if step.done.any() else step.obs
             taken.append((obs, act, extra, step))
         return self._rollout(taken)
 

@@ -1,5 +1,6 @@
 """Behaviour cloning: the one trainer of every policy that has a ``loss(obs, act, mask)``."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dprl import checkpoint, rng, run, setup, signals
+from dprl import checkpoint, report, rng, run, setup, signals
 from dprl.data.episodes import Episodes
 from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
@@ -18,6 +19,7 @@ from dprl.log import Metrics, Sums, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
 from dprl.policy import ChunkPolicy
 from dprl.precision import arithmetic
+from dprl.profile import Clock, NoClock, clock, timed
 
 FIELDS = ("obs", "act", "mask", "label")  # of windows
 
@@ -28,8 +30,17 @@ class Cloner:
     ``settings``: steps batch lr lr_final warmup weight_decay max_grad_norm ema padding precision.
     """
 
-    def __init__(self, policy: ChunkPolicy, episodes: Episodes, *, settings: DictConfig, seed: int, device: torch.device):
-        self.s = settings
+    def __init__(
+        self,
+        policy: ChunkPolicy,
+        episodes: Episodes,
+        *,
+        settings: DictConfig,
+        seed: int,
+        device: torch.device,
+        clock: Clock | NoClock | None = None,
+    ):
+        self.s, self.clock = settings, clock or NoClock()
         self.policy, self.device = policy, device
         self.arithmetic = arithmetic(settings.precision, device)
         self.windows = self.windows_of(episodes)
@@ -65,10 +76,11 @@ class Cloner:
                 return None
             rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
             set_lr(self.optimizer, rate)
-            batch = self.order(self.step).to(self.windows.act.device)
+            with self.clock("data"):
+                batch = self.windows[self.order(self.step).to(self.windows.act.device)]
             with self.arithmetic:
-                loss = self.policy.loss(*(rows := self.windows[batch]))
-            norm = descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, rows, strict=False)))
+                loss = self.policy.loss(*batch)
+            norm = descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, batch, strict=False)))
             self.ema.update_parameters(self.policy)
             self.told.add({"loss": loss.detach(), "grad_norm": norm})
             self.step += 1
@@ -121,7 +133,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     for part in (kept, *([held] if held else [])):
         check_sizes(envs, part)
         check_actions(envs, part)
-    cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device)
+    spent = clock(cfg.profile, device)
+    cloner = Cloner(policy, kept, settings=cfg.train, seed=cfg.seed, device=device, clock=spent)
     held_windows = cloner.windows_of(held) if held else None
     logger = setup.logger(cfg)
 
@@ -152,15 +165,19 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     def save(path: Path) -> None:
         metrics.to_disk()
         state = cloner.state_dict() | {"seconds": metrics.seconds, "rollbacks": guard.count, "rng": rng.state()}
-        checkpoint.save(path, cloner.averaged, node=node, task=cfg.task.name, trainer=state)
-        checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)
+        with spent("checkpoint"):
+            checkpoint.save(path, cloner.averaged, node=node, task=cfg.task.name, trainer=state)
+            checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)
+
+    def stretches() -> Iterator[dict[str, float] | None]:
+        while cloner.step < total:
+            ahead = min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step)
+            yield cloner.train(cloner.step + ahead)
 
     try:
         with signals.deferred():
             rng.set_state(trainer["rng"])  # what a logger drew does not count
-            while cloner.step < total:
-                ahead = min(log_every - cloner.step % log_every, save_every - cloner.step % save_every, total - cloner.step)
-                values = cloner.train(cloner.step + ahead)
+            for values in timed(stretches(), spent, "update", folder / "trace.json" if cfg.profile == "trace" else None):
                 if values is None:
                     save(checkpoint.interrupted(folder, cloner.step))
                     break
@@ -170,8 +187,10 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
                 if due and held_windows:
                     values["validation/loss"] = cloner.validate(held_windows)
                 if due and seeds:
-                    values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
-                metrics.log(values, step=cloner.step, done=cloner.step)
+                    with spent("evaluation"):
+                        values |= evaluate(cloner.averaged, envs, seeds).metrics("evaluation")
+                with spent("log"):
+                    metrics.log(values, step=cloner.step, done=cloner.step)
                 if due:
                     save(checkpoint.at(folder, cloner.step))
                     signals.stop()
@@ -179,7 +198,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     finally:
         metrics.close()
 
-    final = evaluate(cloner.averaged, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
+    with spent("evaluation"):
+        final = evaluate(cloner.averaged, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
     envs.close()
     result = {
         **run.identity(cfg),
@@ -189,6 +209,9 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
         "bc": final.summary(modes),
         "curve": curve(folder, "evaluation/"),
     }
+    if told := spent.told():
+        result["profile"] = told
+        print(report.parts(told))
     write_json(folder / "result.json", result)
     print(f"{folder}: {final.describe()} after {total} steps in {seconds / 60:.1f} min")
     return folder

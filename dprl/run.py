@@ -15,7 +15,7 @@ from dprl.errors import UserError, found
 from dprl.files import FULL, read_json, replacing
 from dprl.versions import versions
 
-UNSAVED = ("resume", "debug", "guards")  # keys that say how to run, not what; when to give up is one: it may change on resuming
+UNSAVED = ("resume", "debug", "guards", "profile")  # keys that say how to run, not what; when to give up may change on resuming
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -30,12 +30,16 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
         raise UserError(f"{what} cannot be built: {error}") from error
 
 
-def environments(cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, reward: WeightedSum = TASK_ONLY, trace: bool = False) -> VecEnv:
-    """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``."""
+def environments(
+    cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, seeded: bool = True, reward: WeightedSum = TASK_ONLY, trace: bool = False
+) -> VecEnv:
+    """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``; ``seeded``: every episode by a seed of its
+    own, as evaluation wants them, which EnvPool cannot."""
     sizes = dict(num_envs=num_envs, obs_steps=policy.obs_steps, act_steps=policy.act_steps)
     watched = OmegaConf.select(cfg, "guards.workers")  # a run's saved config has no guards
     workers = None if watched is None else OmegaConf.to_container(watched)
-    return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace, workers=workers)
+    pooled = {"backend": "sync"} if seeded and cfg.task.env.get("backend") == "envpool" else {}
+    return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace, workers=workers, **pooled)
 
 
 def reward(cfg: DictConfig) -> WeightedSum:

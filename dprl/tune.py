@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dprl import checkpoint, rng, run, setup, signals
+from dprl import checkpoint, report, rng, run, setup, signals
 from dprl.algorithm import Algorithm
 from dprl.envs.collect import Collector
 from dprl.envs.vector import VecEnv, check_fits
@@ -14,6 +14,7 @@ from dprl.evaluate import Evaluation, difference, evaluate, final_seeds
 from dprl.files import discard, write_json
 from dprl.guards import Guard, Limits
 from dprl.log import Metrics, curve
+from dprl.profile import clock, timed
 from dprl.report import write_choices, write_comparison
 
 
@@ -28,6 +29,7 @@ class Tuner:
 
     def __init__(self, cfg: DictConfig, folder: Path, algo: Algorithm, collector: Collector, envs: VecEnv, node: dict[str, Any]):
         self.cfg, self.folder, self.algo, self.collector, self.envs, self.node = cfg, folder, algo, collector, envs, node
+        self.clock = collector.clock
         self.iteration = self.saved = 0
         self.evaluation_steps = 0
         self.rng: dict[str, Any] = {}
@@ -38,7 +40,8 @@ class Tuner:
         """Iterations to the end of the budget; a checkpoint after every so many, and after the last. A signal ends the run
         after the iteration that it falls into."""
         rng.set_state(self.rng)  # what a logger drew does not count
-        for values in self.algo.train(self.collector):
+        trace = self.folder / "trace.json" if self.cfg.profile == "trace" else None
+        for values in timed(self.algo.train(self.collector), self.clock, "update", trace):
             self.iteration += 1
             values = self.guard.settle(values, self.iteration)
             self.limits.check(values, self.iteration)
@@ -50,7 +53,8 @@ class Tuner:
                 validation = self.validate()
                 values |= validation.metrics("validation", intervals=bool(asked))
                 score = self.score(validation)
-            metrics.log(values, step=self.iteration, done=self.percent)
+            with self.clock("log"):
+                metrics.log(values, step=self.iteration, done=self.percent)
             if due:
                 self.save(score, metrics, ranked=bool(asked))
                 signals.stop()
@@ -70,7 +74,8 @@ class Tuner:
     def validate(self) -> Evaluation:
         """The present actor on the validation seeds."""
         settings = self.cfg.evaluation
-        result = evaluate(self.algo.actor, self.envs, range(settings.seed, settings.seed + settings.episodes))
+        with self.clock("evaluation"):
+            result = evaluate(self.algo.actor, self.envs, range(settings.seed, settings.seed + settings.episodes))
         self.evaluation_steps += int(result.lengths.sum())
         return result
 
@@ -108,7 +113,8 @@ class Tuner:
         }
         metrics.to_disk()
         node = self.node | getattr(self.algo.actor, "settings", {})  # what it has chosen of its own config
-        checkpoint.save(path, self.algo.actor, node=node, task=self.cfg.task.name, trainer=trainer)
+        with self.clock("checkpoint"):
+            checkpoint.save(path, self.algo.actor, node=node, task=self.cfg.task.name, trainer=trainer)
 
     def begin(self) -> tuple[int | None, float]:
         """Begins, or goes on where the run was left; returns the step it is resumed at, or None, and the seconds that had
@@ -165,16 +171,17 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         raise found(f"{start.path} was made for another task", cfg.task.name, start.task, fix)
     policy, plot, modes = start.actor, setup.plot(cfg), setup.modes(cfg)
     reward = setup.reward(cfg)
-    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=reward)
+    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, seeded=False, reward=reward)
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, reward=reward, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
-    collector = Collector(train_envs, device=device, drops=cfg.guards.dropped)
+    collector = Collector(train_envs, device=device, drops=cfg.guards.dropped, clock=clock(cfg.profile, device))
     algo: Algorithm = setup.construct(own.algo, "algo", policy=policy)
     if algo.progress(collector) >= 1:
         raise found("the budget holds not one iteration", "a larger one", "see algo.* and num_envs", "algo.env_steps=..., or num_envs=...")
     logger = setup.logger(cfg)
     finals = final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes)
-    before = evaluate(policy, envs, finals)
+    with collector.clock("evaluation"):
+        before = evaluate(policy, envs, finals)
 
     def fill(folder: Path) -> None:
         checkpoint.save(folder / "base", policy, node=start.node, task=start.task, trainer={})
@@ -206,9 +213,13 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     train_envs.close()
 
     best = checkpoint.load(folder, device=device)
-    after = evaluate(best.actor, envs, finals)
+    with collector.clock("evaluation"):
+        after = evaluate(best.actor, envs, finals)
     envs.close()
     result = comparison(cfg, tuner, before, after, modes=modes, best=int(best.path.name), seconds=seconds)
+    if told := tuner.clock.told():
+        result["profile"] = told
+        print(report.parts(told))
     write_comparison(folder, result, before, after, plot)
     write_choices(folder, result["curve"])
     write_json(folder / "result.json", result)  # last: what has it has ended

@@ -135,6 +135,21 @@ def test_tensorboard(command, cloned):
     assert list((cloned / "runs/mse/tensorboard").glob("events*"))
 
 
+def test_a_profile_says_where_the_time_went(command, cloned):
+    run = cloned / "runs/profiled"
+    said = command("finetune.py", *DPPO, "profile=trace", "out=runs/profiled").stdout
+    spent = result(run)["profile"]
+    assert {"env", "policy", "update", "evaluation", "log", "checkpoint", "other"} == set(spent)
+    assert min(spent.values()) > 0
+    assert "| env " in said
+    assert json.loads((run / "trace.json").read_text())["traceEvents"]
+    assert "profile" not in result(run)["config"]
+    run = cloned / "runs/profiled-bc"
+    command("pretrain.py", *CLONE, "profile=true", "out=runs/profiled-bc")
+    assert {"data", "update", "evaluation", "log", "other"} == set(result(run)["profile"])
+    assert metrics(run) == metrics(cloned / "runs/avoid-bc-0")
+
+
 def test_one_environment_and_async(command, cloned):
     command("finetune.py", *DPPO, "num_envs=1", "algo.env_steps=200", "task.env.backend=async", "out=runs/one")
     assert 0 < result(cloned / "runs/one")["env_steps"] <= 200

@@ -96,7 +96,7 @@ class ChunkEnv(gym.Wrapper):
         except Exception as error:
             raise self._raised(error, "in its reset") from error
         first, self.fault = self.observe(obs), None
-        wrong = _not_finite(self._stack([first]))
+        wrong = not_finite(self._stack([first]))
         if wrong is not None:
             self.fault = f"{wrong[0]} is {wrong[2]} after a reset"
             first = next(iter(iterate(batch_space(self.single_space, 1), create_empty_array(self.single_space, 1))))
@@ -126,7 +126,7 @@ class ChunkEnv(gym.Wrapper):
                 self.done = True
                 break
         transition = self._transition(acts, observed, rews, bool(terminated), bool(truncated), infos)
-        wrong = _not_finite(transition.next_obs) or _not_finite(transition.rew, "the task's reward")
+        wrong = not_finite(transition.next_obs) or not_finite(transition.rew, "the task's reward")
         if wrong is None:
             try:
                 parts = self.reward.parts(transition)
@@ -183,7 +183,7 @@ class ChunkEnv(gym.Wrapper):
         for key in self.info_keys:
             out[f"info/{key}"] = float(infos[-1].get(key, np.nan)) if infos else np.nan
         for key in self.metrics:
-            out[f"info/{key}"] = float(_said(infos[-1], key, "task.env.metrics", "[<key>]")) if infos else np.nan
+            out[f"info/{key}"] = float(said(infos[-1], key, "task.env.metrics", "[<key>]")) if infos else np.nan
         if self.traced is not None:
             size, take = self.traced
             out["trace"] = np.full((self.act_steps, size), np.nan, np.float32)
@@ -194,7 +194,7 @@ class ChunkEnv(gym.Wrapper):
     def _success(self, info: dict) -> bool:
         if self.success_key is None:
             return False
-        return bool(_said(info, self.success_key, "task.env.success_key", "<key> or null"))
+        return bool(said(info, self.success_key, "task.env.success_key", "<key> or null"))
 
     def _stack(self, items: list) -> Any:
         return concatenate(self.single_space, items, create_empty_array(self.single_space, len(items)))
@@ -203,7 +203,7 @@ class ChunkEnv(gym.Wrapper):
         return self._stack(list(self.history))
 
 
-def _not_finite(values: Any, name: str = "the observation") -> tuple[str, int, float] | None:
+def not_finite(values: Any, name: str = "the observation") -> tuple[str, int, float] | None:
     """The first of ``values`` [L, ...], an array or a dictionary of them, that is NaN or inf: of what, in which row, which."""
     for key, part in values.items() if isinstance(values, dict) else [(None, values)]:
         if part.dtype.kind != "f" or math.isfinite(np.add.reduce(part, None)):  # a fraction of the time of looking at each
@@ -213,7 +213,7 @@ def _not_finite(values: Any, name: str = "the observation") -> tuple[str, int, f
     return None
 
 
-def _said(info: dict, key: str, setting: str, form: str) -> Any:
+def said(info: dict, key: str, setting: str, form: str) -> Any:
     """``info[key]``, or a ``UserError`` about the setting that names it."""
     if key not in info:
         raise found(f"{setting} names nothing", f"a key of info: {sorted(info)}", key, f"{setting}={form}")

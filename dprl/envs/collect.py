@@ -16,6 +16,7 @@ from dprl.errors import found
 from dprl.log import warn
 from dprl.normalize import Obs
 from dprl.policy import Actor
+from dprl.profile import Clock, NoClock
 
 
 @tensorclass
@@ -76,11 +77,11 @@ class Collector:
     """Steps a ``VecEnv`` with an actor; resets an environment where its episode ends, and only there.
 
     An episode with a dropped chunk is no finished one, and the steps of that chunk do not count. After ``drops`` such
-    episodes in a row in one environment a ``UserError`` ends the run; None: never.
+    episodes in a row in one environment a ``UserError`` ends the run; None: never. ``clock`` hears what takes how long.
     """
 
-    def __init__(self, envs: VecEnv, *, device: torch.device, drops: int | None = None):
-        self.envs, self.device, self.drops = envs, device, drops
+    def __init__(self, envs: VecEnv, *, device: torch.device, drops: int | None = None, clock: Clock | NoClock | None = None):
+        self.envs, self.device, self.drops, self.clock = envs, device, drops, clock or NoClock()
         self.dropped, self.in_a_row = 0, [0] * envs.num_envs  # episodes of all, and of each
         self.num_envs, self.act_steps = envs.num_envs, envs.act_steps
         self.env_steps = 0
@@ -102,8 +103,11 @@ class Collector:
         taken = []
         for _ in range(chunks):
             obs = to_torch(self._obs, self.device)
-            act, extra = actor(obs)
-            taken.append((obs, act, extra, self._step(act.cpu().numpy())))
+            with self.clock("policy"):
+                act, extra = actor(obs)
+                chunk = act.cpu().numpy()
+            with self.clock("env"):
+                taken.append((obs, act, extra, self._step(chunk)))
         ran = any(step.length.any() for *_, step in taken)
         return self._rollout(taken) if ran else self(actor, chunks)
 

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from dprl.envs.chunk import ChunkEnv, make_one
 from dprl.envs.observe import Observe
+from dprl.envs.probe import faster
 from dprl.envs.workers import Workers
 from dprl.errors import UserError, found
 from dprl.rewards import WeightedSum
@@ -123,7 +124,7 @@ def make_vec(
     success_key: str | None,
     info_keys: list[str],
     metrics: list[str],
-    backend: Literal["sync", "async"],
+    backend: Literal["sync", "async", "envpool", "auto"],
     num_envs: int,
     obs_steps: int,
     act_steps: int,
@@ -131,39 +132,36 @@ def make_vec(
     trace: bool = False,
     workers: Mapping[str, Any] | None = None,
 ) -> VecEnv:
-    """A vector of any gymnasium environment, in this process (``sync``) or a process each (``async``).
+    """A vector of any gymnasium environment, in this process (``sync``), a process each (``async``), whichever of the two is
+    measured to be faster (``auto``) or, of those that EnvPool has, in its threads (``envpool``).
 
     ``info_keys`` and ``metrics`` are keys of ``info`` whose last value in an episode is kept: ``metrics`` are numbers that
     an evaluation takes the mean of. ``workers`` is how processes are watched (see ``Workers``); None: they are not.
     """
     if num_envs < 1:
         raise found("too few environments", "num_envs of at least 1", num_envs, "num_envs=1 or more")
-    if backend not in ("sync", "async"):
-        raise found("unknown task.env.backend", "sync or async", backend, "task.env.backend=sync")
+    if backend not in ("sync", "async", "envpool", "auto"):
+        raise found("unknown task.env.backend", "sync, async, envpool or auto", backend, "task.env.backend=sync")
     if set(metrics) & set(TAKEN):
         taken = sorted(set(metrics) & set(TAKEN))
         raise found("task.env.metrics takes a name that means something else", f"none of {', '.join(TAKEN)}", taken, "another key of info")
-    make = partial(
-        make_one,
-        id=id,
-        kwargs=kwargs,
-        max_episode_steps=max_episode_steps,
-        obs_steps=obs_steps,
-        act_steps=act_steps,
-        observe=observe,
-        reward=reward,
-        success_key=success_key,
-        info_keys=info_keys,
-        metrics=metrics,
-        trace=trace,
-    )
-    makes = [partial(make, index=i) for i in range(num_envs)]
+    chunk = dict(obs_steps=obs_steps, act_steps=act_steps, observe=observe, reward=reward)
+    chunk |= dict(success_key=success_key, info_keys=info_keys, metrics=metrics)
+    chunk |= dict(id=id, kwargs=kwargs, max_episode_steps=max_episode_steps)
+    told: dict[str, Any] = dict(terms=reward.names, has_success=success_key is not None, info_keys=info_keys, metrics=metrics)
+    if backend == "envpool":
+        from dprl.envs.pool import ChunkPool
+
+        return VecEnv(ChunkPool(**chunk, num_envs=num_envs), **told)  # type: ignore[arg-type]
+    makes = [partial(make_one, **chunk, trace=trace, index=i) for i in range(num_envs)]  # type: ignore[arg-type]
     _try_out(makes[0]())
+    if backend == "auto":
+        backend = faster(makes[0], num_envs, f"{id} {kwargs} {act_steps}")
     if backend == "sync":
         envs = SyncVectorEnv(makes, autoreset_mode=AutoresetMode.DISABLED)
     else:
         envs = Workers(makes, **(workers or dict(timeout=None, restarts=0)))
-    return VecEnv(envs, terms=reward.names, has_success=success_key is not None, info_keys=info_keys, metrics=metrics)
+    return VecEnv(envs, **told)
 
 
 def _try_out(env: ChunkEnv) -> None:

@@ -93,7 +93,7 @@ def test_an_environment_that_never_works_ends_the_run():
     collect.reset(0)
     with pytest.raises(UserError, match=r"environment 0 finishes no episode\n.*fewer than 3 in a row \(guards.dropped\)\n.*reward is inf"):
         collect(Constant(), 10)
-    with pytest.raises(UserError, match=r"does not work\n.*\n.*observation is nan at step 1 "):
+    with pytest.raises(UserError, match=r"tells is not finite\n.*\n.*observation is nan at step 1 "):
         faulty("observation", 1)
 
 

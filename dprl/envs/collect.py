@@ -171,7 +171,7 @@ class Collector:
         self.in_a_row[i] += 1
         if self.drops is not None and self.in_a_row[i] >= self.drops:
             most = f"fewer than {self.drops} in a row (guards.dropped)"
-            raise found(f"environment {i} finishes no episode", most, why, "repair the environment, or its reward")
+            raise found(f"environment {i} finishes no episode", most, f"another: {why}", "repair the environment, or its reward")
         warn(f"environment {i}: {why}; its episode is dropped ({self.dropped} so far)")
 
     def state_dict(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _try_out(env: ChunkEnv) -> None:
     *_, info = env.step(np.zeros(env.action_space.shape, np.float32))  # type: ignore[arg-type]
     env.close()
     if "fault" in info:
-        raise found("the environment does not work", "finite observations and rewards", info["fault"], "guard its divisions and logarithms")
+        raise found("what the environment tells is not finite", "numbers", info["fault"], "guard its divisions and logarithms")
 
 
 def check_fits(envs: VecEnv, *, obs_shape, act_dim: int, source: str) -> None:

@@ -120,8 +120,9 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
 
     planned.begin()
     trainer = {} if planned.step is None else checkpoint.load_trainer(checkpoint.at(folder, planned.step))
-    if trainer:
-        cloner.load_state_dict(trainer)
+    if planned.step is not None:
+        with checkpoint.fitting(checkpoint.at(folder, planned.step) / "trainer.pt"):
+            cloner.load_state_dict(trainer)
     metrics = Metrics(
         folder,
         logger(run=folder, config=run.plain(cfg), step=planned.step),

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dprl.errors import UserError, found
+from dprl.errors import found
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class WeightedSum:
 
     def __init__(self, terms: Mapping[str, tuple[float, Reward]]):
         if not terms:
-            raise UserError("reward.terms is empty: name at least one term, such as reward=task")
+            raise found("reward.terms is empty", "at least one term", "none", "reward=task")
         self.names = tuple(terms)
         self.weights = tuple(float(weight) for weight, _ in terms.values())
         self.functions = tuple(function for _, function in terms.values())
@@ -80,7 +80,8 @@ class WeightedSum:
             try:
                 value = np.asarray(function(transition))
             except Exception as error:
-                raise UserError(f"reward term '{name}' failed: {type(error).__name__}: {error}") from error
+                what = f"{type(error).__name__}: {error}"
+                raise found(f"reward term '{name}' failed: {what}", "one number a step", "an error", "correct the function") from error
             if value.shape != (steps,):
                 raise found(
                     f"reward term '{name}' returned the wrong shape",

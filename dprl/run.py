@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dprl import checkpoint
-from dprl.errors import UserError, found
-from dprl.files import read_json, replacing, write_json
+from dprl import checkpoint, trust
+from dprl.errors import found
+from dprl.files import read_mapping, replacing, write_json
 from dprl.versions import versions
 
-UNSAVED = ("resume", "debug")  # keys that say how to run, not what
+UNSAVED = ("resume", "trust", "debug")  # keys that say how to run, not what
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             )
         if not (folder / "config.json").is_file():
             raise found("nothing to resume", "a run's folder", f"no config.json in {folder}", "resume=runs/<run>")
-        saved = read_json(folder / "config.json")
+        saved = read_mapping(folder / "config.json")
+        trust.check(saved, folder / "config.json")
         if set(saved) != set(plain(cfg)):
             other = sorted(set(saved) ^ set(plain(cfg)))
             raise found(
@@ -95,7 +96,7 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             )
         if not (folder / "config.json").is_file():
             raise found(f"{folder} is no run", "a run's folder", "no config.json in it", "out=runs/<another name>")
-        _compare(folder, read_json(folder / "config.json"), plain(cfg))
+        _compare(folder, read_mapping(folder / "config.json"), plain(cfg))
         return Planned(folder, cfg, _last(folder), started=True)
     return Planned(folder, cfg, None, started=False)
 
@@ -150,7 +151,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used: {str(error).splitlines()[0]}\n  fix:      device=auto") from None
+        raise found(f"device={name} cannot be used", "auto, cpu or cuda", str(error).splitlines()[0], "device=auto") from None
     return device
 
 

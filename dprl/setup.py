@@ -25,9 +25,19 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{what} cannot be built: {cause}\n  where:    {error.args[0].splitlines()[-1]}") from error
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{what} cannot be built: {error}") from error
+        raise _unbuilt(what, cause, error.args[0].splitlines()[-1].replace("full_key: ", "")) from error
+    except (TypeError, ValueError, ImportError, AttributeError) as error:
+        raise _unbuilt(what, error, "") from error
+
+
+def _unbuilt(what: str, cause: object, where: str) -> UserError:
+    at = f" at {where}" if where and where not in str(cause) else ""
+    return found(
+        f"{what} cannot be built{at}",
+        "what it names, and the settings that takes",
+        cause,
+        f"correct it in the yaml, or as {what}.<key>=...",
+    )
 
 
 def environments(cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, reward: WeightedSum = TASK_ONLY, trace: bool = False) -> VecEnv:
@@ -62,7 +72,6 @@ def logger(cfg: DictConfig) -> Callable[..., Logger]:
     try:
         made.func.require()
     except ImportError as error:
-        raise UserError(
-            f"logger={made.func.__name__} wants a package that is not installed: {error}\n  fix:      pip install it, or logger=none"
-        ) from None
+        what = f"logger={made.func.__name__.lower()} wants a package"
+        raise found(what, "one that is installed", error, f"pip install {error.name}, or logger=none") from None
     return made

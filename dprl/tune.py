@@ -96,13 +96,14 @@ class Tuner:
     def resume(self, step: int) -> float:
         """Goes back to the checkpoint at ``step``; returns the seconds that had passed."""
         path = checkpoint.at(self.folder, step)
-        saved, trainer = checkpoint.load(path), checkpoint.load_trainer(path)
-        self.algo.actor.load_state_dict(saved.actor.state_dict())
-        self.algo.load_state_dict(trainer["algo"])
-        self.iteration = self.saved = trainer["iteration"]
-        self.evaluation_steps, self.collector.env_steps = trainer["evaluation_steps"], trainer["env_steps"]
-        checkpoint.keep(self.folder, step, trainer["score"])  # in case the run was cut off between the two
-        run.set_rng_state(trainer["rng"])
+        saved, trainer = checkpoint.load(path, known=self.node), checkpoint.load_trainer(path)
+        with checkpoint.fitting(path / "trainer.pt"):
+            self.algo.actor.load_state_dict(saved.actor.state_dict())
+            self.algo.load_state_dict(trainer["algo"])
+            self.iteration = self.saved = trainer["iteration"]
+            self.evaluation_steps, self.collector.env_steps = trainer["evaluation_steps"], trainer["env_steps"]
+            checkpoint.keep(self.folder, step, trainer["score"])  # in case the run was cut off between the two
+            run.set_rng_state(trainer["rng"])
         return trainer["seconds"]
 
 
@@ -163,7 +164,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     metrics.close()
     train_envs.close()
 
-    best = checkpoint.load(folder, device=device)
+    best = checkpoint.load(folder, device=device, known=tuner.node)
     after = evaluate(best.actor, envs, finals)
     envs.close()
     result = comparison(cfg, tuner, before, after, modes=modes, best=int(best.path.name), seconds=seconds)

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from dprl.envs.observe import Observe, vectors
-from dprl.errors import UserError, found
+from dprl.errors import found
 from dprl.rewards import Transition, WeightedSum
 
 
@@ -176,9 +176,8 @@ def make_one(*, id: str, kwargs: dict[str, Any], max_episode_steps: int | None, 
     try:
         env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:
-        raise UserError(
-            f"task.env.id={id} cannot be made: {error}\n  fix:      check the id, its package and task.env.kwargs={kwargs}"
-        ) from None
+        fix = f"check the id, its package and task.env.kwargs={kwargs}"
+        raise found(f"task.env.id={id} cannot be made", "an environment of gymnasium, or module:Id-v0", error, fix) from None
     if env.spec is None or env.spec.max_episode_steps is None:
         raise found(f"{id} has no time limit", "an episode that ends", "no max_episode_steps", "task.env.max_episode_steps=1000")
     return ChunkEnv(env, **chunk)

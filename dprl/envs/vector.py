@@ -13,7 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from dprl.envs.chunk import ChunkEnv, make_one
 from dprl.envs.observe import Observe
-from dprl.errors import UserError, found
+from dprl.errors import found
 from dprl.rewards import WeightedSum
 
 TAKEN = ("success", "return", "return_std", "length", "n", "value", "discounted", "modes", "loss")  # what an evaluation tells anyway
@@ -162,7 +162,5 @@ def check_fits(envs: VecEnv, *, obs_shape, act_dim: int, source: str) -> None:
     """Raises a ``UserError`` unless observations and actions have the sizes that ``source`` was made for."""
     for what, expected, got in (("observation", envs.obs_shape, obs_shape), ("action", envs.act_dim, act_dim)):
         if expected != got:
-            raise UserError(
-                f"{source} does not fit the task: another {what} size\n  expected: {expected}, the task's\n"
-                f"  found:    {got}, in {source}\n  fix:      name the task or the data it was made with: task=... data.path=..."
-            )
+            fix = "name the task or the data it was made with: task=... data.path=..."
+            raise found(f"{source} does not fit the task: another {what} size", f"{expected}, the task's", f"{got}, in {source}", fix)

@@ -202,8 +202,8 @@ class GuidedActor(Wrapper):
         except UserError:
             raise
         except Exception as error:  # whatever a user's function raises
-            what = f"{type(error).__name__}: {error}"
-            raise found(f"the value {self.climbed} failed", "a number a chunk", what, "correct it: f(obs, act) -> [N]") from error
+            what = f"the value {self.climbed} failed: {type(error).__name__}: {error}"
+            raise found(what, "a number a chunk", "an error", "correct it: f(obs, act) -> [N]") from error
         finally:
             self.scale = scale
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def check(config_name: str, folder: str, overrides: list[str]) -> None:
     groups = [override for override in overrides if (Path(folder) / override.split("=")[0]).is_dir()]
     try:
         cfg = hydra.compose(config_name, overrides)
-        base = hydra.compose(config_name, [*groups, *(override for override in overrides if override.startswith("hydra."))])
+        base = _plain_config(config_name, *groups, *(override for override in overrides if override.startswith("hydra.")))
     except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         raise _explained(error, config_name, groups, overrides) from error
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -38,6 +39,11 @@ def config_error(error: Exception) -> UserError:
     what = f"the config cannot be read at '{key}'" if key else "the config cannot be read"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return found(what, "a value that can be resolved", first, HELP)
+
+
+@cache
+def _plain_config(config_name: str, *groups: str) -> DictConfig:
+    return hydra.compose(config_name, list(groups))
 
 
 def _explained(error: Exception, config_name: str, groups: list[str], overrides: list[str]) -> UserError:
@@ -67,7 +73,7 @@ def _known(config_name: str, groups: list[str]) -> list[str]:
     """Every key of the config that ``groups`` compose, or of the plain one if they do not."""
     for kept in (groups, []):
         try:
-            return _keys(hydra.compose(config_name, kept))
+            return _keys(_plain_config(config_name, *kept))
         except Exception:  # the mistake is among these
             continue
     return []

@@ -89,6 +89,8 @@ class WeightedSum:
                     list(value.shape),
                     "reduce over the last axis only, e.g. .mean(-1)",
                 )
+            if value.dtype.kind not in "fiub":
+                raise found(f"reward term '{name}' is not numbers", "one number a step", value.dtype, "return an array of floats")
             if not np.isfinite(value).all():
                 raise found(
                     f"reward term '{name}' is not finite", "numbers", value[~np.isfinite(value)][0], "guard its divisions and logarithms"
@@ -116,7 +118,7 @@ def from_config(terms: Mapping[str, Mapping[str, Any]]) -> WeightedSum:
             raise found(f"{where} is incomplete", "_target_ (a function) and weight", got, f"+{where}.weight=1.0")
         term = dict(term)
         weight = term.pop("weight")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
             raise found(f"{where}.weight is no number", "such as 1.0", weight, f"{where}.weight=1.0")
         try:
             function = instantiate({**term, "_partial_": True, "_convert_": "all"})

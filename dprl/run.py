@@ -1,5 +1,6 @@
 """A run's folder, from its first line to its last: made once, refused if it exists, resumed on request."""
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from dprl.errors import found
 from dprl.files import read_mapping, replacing, write_json
 from dprl.versions import versions
 
+LARGEST = 2**32  # that a count or a seed may not reach
 UNSAVED = ("resume", "trust", "debug")  # keys that say how to run, not what
 
 
@@ -87,6 +89,8 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
         return Planned(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), _last(folder), started=True)
     folder = Path(cfg.out)
     if folder.exists():
+        if not folder.is_dir():
+            raise found(f"{folder} is a file", "a new folder for a new run", "a file", "out=runs/<another name>")
         if cfg.resume is None:
             raise found(
                 f"{folder} exists",
@@ -98,16 +102,28 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             raise found(f"{folder} is no run", "a run's folder", "no config.json in it", "out=runs/<another name>")
         _compare(folder, read_mapping(folder / "config.json"), plain(cfg))
         return Planned(folder, cfg, _last(folder), started=True)
+    check_out(folder)
     return Planned(folder, cfg, None, started=False)
 
 
 def check_counts(cfg: DictConfig, **least: int) -> None:
     """Raises a ``UserError`` unless each key of ``cfg`` (``__`` for a dot) is a whole number of at least so much."""
-    for key, smallest in ({"seed": 0} | least).items():
+    threads = {} if cfg.threads is None else {"threads": 1}
+    for key, smallest in ({"seed": 0} | threads | least).items():
         name = key.replace("__", ".")
         value = OmegaConf.select(cfg, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise found(f"{name} is out of range", f"a whole number of at least {smallest}", value, f"{name}={max(smallest, 1)}")
+        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < LARGEST:
+            expected = f"a whole number of at least {smallest}, below 2**32"
+            raise found(f"{name} is out of range", expected, value, f"{name}={max(smallest, 1)}")
+
+
+def check_out(folder: Path) -> None:
+    """Raises a ``UserError`` if ``folder`` could not be made: told before the work, not behind it."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise found(f"{folder} cannot be made", "a new folder", f"{above} is a file", "out=runs/<name>")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise found(f"{folder} cannot be made", "a folder that may be written to", f"{above} may not be", "out=<a folder of yours>")
 
 
 def prepare(cfg: DictConfig) -> torch.device:

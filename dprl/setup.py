@@ -25,8 +25,9 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise _unbuilt(what, cause, error.args[0].splitlines()[-1].replace("full_key: ", "")) from error
-    except (TypeError, ValueError, ImportError, AttributeError) as error:
+        last = error.args[0].splitlines()[-1]
+        raise _unbuilt(what, cause, last.removeprefix("full_key: ") if last.startswith("full_key: ") else "") from error
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
         raise _unbuilt(what, error, "") from error
 
 

@@ -111,7 +111,8 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     """``finetune.py``. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
-    run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
+    counts = dict(num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
+    run.check_counts(cfg, **counts, evaluation__seed=0)
     choose, floor = cfg.evaluation.choose, cfg.evaluation.floor
     ways = ("best", "modes", "last", *(cfg.task.env.get("metrics") or ()))
     if choose not in ways:

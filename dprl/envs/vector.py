@@ -13,7 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from dprl.envs.chunk import ChunkEnv, make_one
 from dprl.envs.observe import Observe
-from dprl.errors import found
+from dprl.errors import UserError, found
 from dprl.rewards import WeightedSum
 
 TAKEN = ("success", "return", "return_std", "length", "n", "value", "discounted", "modes", "loss")  # what an evaluation tells anyway
@@ -143,7 +143,13 @@ def make_vec(
         metrics=metrics,
         trace=trace,
     )
-    _try_out(make())
+    try:
+        _try_out(make())
+    except UserError:
+        raise
+    except Exception as error:  # whatever an environment raises
+        what = f"{type(error).__name__}: {error}"
+        raise found(f"task.env.id={id} fails at its first steps", "one that runs", what, "correct it; debug=true shows where") from error
     if backend == "sync":
         envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     else:

@@ -1,5 +1,5 @@
 """Bad input, as users bring it: one message that says what, where, what was expected and found, and how to fix it; status 2;
-no traceback; and nothing written, by 130 mistakes on the command lines of a folder with demonstrations and a cloned policy."""
+no traceback; and nothing written, by some 190 mistakes on the command lines of a folder with demonstrations and a cloned policy."""
 
 import hashlib
 import json
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 from safetensors.torch import load_file, save_file
 
 from dprl import checkpoint, run, setup
@@ -458,6 +460,12 @@ def told(status: int, printed: str, *words: str) -> None:
     assert "Traceback" not in printed
     for word in ("expected: ", "found: ", "fix: ", *words):
         assert word in printed, (word, printed)
+
+
+@pytest.fixture(autouse=True)
+def _single(monkeypatch):
+    """Hydra composes everything once more to learn that no sweep is asked for."""
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_: RunMode.RUN)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -107,16 +107,16 @@ def _vet(folder: Path, limit_gib: float) -> None:
         if type(episodes) is not int or not 0 <= episodes <= len(file):
             raise found(f"{about} counts other episodes", f"at most {len(file)}, those in {path.name}", episodes, again)
 
-        def visit(name: str, link: Any) -> None:
+        links: list[tuple[str, Any]] = []
+        file.visititems_links(lambda name, link: links.append((name, link)))
+        for name, link in links:
             group, _, key = name.rpartition("/")
             parent: Any = file[group or "/"]
             whole = isinstance(link, h5py.HardLink)
             if whole and isinstance(parent[key], h5py.Group):
-                return
+                continue
             told = whole and "/infos/" in f"/{name}"  # may be text, and is read by nobody
             arrays.append(parent[key] if told else hdf5.dataset(parent, key, f"{path}: {group}"))
-
-        file.visititems_links(visit)
         hdf5.check_size(arrays, path, limit_gib)
 
 

@@ -106,7 +106,7 @@ class DPPO:
         check_numbers("algo.", least=0, clip_rate=clip_rate, target_kl=target_kl)
         check_numbers("algo.", above=0, clip_first=clip_first, clip_last=clip_last, value_clip=value_clip, max_grad_norm=max_grad_norm)
         check_numbers("algo.", above=0, min_std_final=min_std_final)
-        check_numbers("algo.", least=0, below=1, lr_warmup=lr_warmup)
+        check_numbers("algo.", least=0, most=1, lr_warmup=lr_warmup)
         self.actor = actor(policy=policy)
         tuned = self.actor.tuned
         device = device_of(tuned)

@@ -113,12 +113,15 @@ def resolve(path: str | Path) -> Path:
 def build(node: dict[str, Any], source: object) -> nn.Module:
     """Instantiates an actor from its ``node``."""
     try:
-        return instantiate(node, _convert_="all")
+        actor = instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise found(
             f"{source}: its actor cannot be built", "the settings of what it names", cause, "load it with the dprl that wrote it"
         ) from None
+    if not isinstance(actor, nn.Module):
+        raise found(f"{source}: its config builds no actor", "an nn.Module", type(actor).__name__, "load it with the dprl that wrote it")
+    return actor
 
 
 def load(

@@ -79,7 +79,7 @@ def _checked(config_name: str) -> bool:
     if flags.config_dir:
         if not Path(flags.config_dir).is_dir():
             fail(found("--config-dir names no folder", "a folder of configs", flags.config_dir, "--config-dir=<folder>"))
-        given.append(f"hydra.searchpath=[file://{Path(flags.config_dir).resolve()}]")
+        given.append(f"hydra.searchpath=['file://{Path(flags.config_dir).resolve()}']")
     with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
         try:
             overrides.check(config_name, config_folder(), given)

@@ -102,7 +102,8 @@ def check_training(settings: DictConfig) -> None:
     """Raises a ``UserError`` for numbers that no training can go by."""
     s = settings
     check_numbers("train.", least=0, lr=s.lr, lr_final=s.lr_final, weight_decay=s.weight_decay)
-    check_numbers("train.", least=0, below=1, warmup=s.warmup, validation=s.validation, ema=s.ema)
+    check_numbers("train.", least=0, below=1, validation=s.validation, ema=s.ema)
+    check_numbers("train.", least=0, most=1, warmup=s.warmup)
     check_numbers("train.", above=0, max_grad_norm=s.max_grad_norm)
 
 

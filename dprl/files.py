@@ -67,7 +67,7 @@ def read_json(path: str | os.PathLike) -> Any:
             raise ValueError(f"{size} bytes")
         return json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of too many digits
-        raise found(f"{path} cannot be read", "a JSON file", error or type(error).__name__, "bring the file again") from None
+        raise found(f"{path} cannot be read", "a JSON file", error, "bring the file again") from None
 
 
 def read_mapping(path: str | os.PathLike, *keys: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Learner:
         check_numbers("algo.", above=0, below=1, expectile=expectile)
         check_numbers("algo.", least=0, most=1, gamma=critic.gamma, polyak=polyak)
         check_numbers("algo.", least=0, critic_lr=critic_lr, critic_lr_final=critic_lr_final)
-        check_numbers("algo.", least=0, below=1, lr_warmup=lr_warmup)
+        check_numbers("algo.", least=0, most=1, lr_warmup=lr_warmup)
         check_numbers("algo.", above=0, max_grad_norm=max_grad_norm)
         self.critic, self.policy = critic, policy
         self.step = 0

@@ -11,7 +11,7 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 from dprl.errors import UserError, found
@@ -99,6 +99,10 @@ def _same_kind(was: Any, cfg: DictConfig, key: str) -> None:
     """Raises a ``UserError`` if the value at ``key`` is of another kind than ``was``, which stands in the yaml."""
     try:
         value = OmegaConf.select(cfg, key)
+    except InterpolationResolutionError as error:
+        if isinstance(error, InterpolationKeyError):
+            raise config_error(error) from error
+        return  # of what only a running program knows, such as ${hydra:...}
     except OmegaConfBaseException as error:
         raise config_error(error) from error
     before, now = plain(was), plain(value)

@@ -102,9 +102,10 @@ class Tuner:
             self.algo.load_state_dict(trainer["algo"])
             self.iteration = self.saved = trainer["iteration"]
             self.evaluation_steps, self.collector.env_steps = trainer["evaluation_steps"], trainer["env_steps"]
-            checkpoint.keep(self.folder, step, trainer["score"])  # in case the run was cut off between the two
+            score, seconds = trainer["score"], trainer["seconds"]
             run.set_rng_state(trainer["rng"])
-        return trainer["seconds"]
+        checkpoint.keep(self.folder, step, score)  # in case the run was cut off between the two
+        return seconds
 
 
 def tune(cfg: DictConfig, overrides: list[str]) -> Path:

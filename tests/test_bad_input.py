@@ -465,7 +465,7 @@ def told(status: int, printed: str, *words: str) -> None:
 @pytest.fixture(autouse=True)
 def _single(monkeypatch):
     """Hydra composes everything once more to learn that no sweep is asked for."""
-    monkeypatch.setattr(Hydra, "get_mode", lambda *_: RunMode.RUN)
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -501,6 +501,15 @@ def test_and_by_a_process_of_its_own(command, folder, name):
 
 def test_debug_shows_where(command, folder):
     assert "Traceback" in command("pretrain.py", "data.path=none.hdf5", "out=runs/new", "debug=true", status=1, folder=folder).stderr
+
+
+def test_trust_is_what_lets_a_file_run_code(in_process, folder, tmp_path):
+    """And only when the user says so; a value that refers to what only Hydra knows is no mistake."""
+    shutil.copytree(folder, tmp_path / "own")
+    told(*in_process("finetune.py", "policy_from=broken/code", "out=runs/${name}-new", folder=tmp_path / "own"), "bad.mark")
+    assert not (tmp_path / "own/ran").exists()
+    status, printed = in_process("finetune.py", "policy_from=broken/code", "out=runs/new", "trust=true", folder=tmp_path / "own")
+    assert (tmp_path / "own/ran").exists() and "cannot be built" in printed and status == 2
 
 
 def test_version(in_process):

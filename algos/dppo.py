@@ -18,7 +18,7 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from dprl.chain import ChainActor
 from dprl.envs.collect import Collect, Rollout
-from dprl.errors import found
+from dprl.errors import check_numbers, found
 from dprl.guards import Learned, descend
 from dprl.log import Sums
 from dprl.normalize import Obs
@@ -99,8 +99,15 @@ class DPPO:
         for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
             if value < 1:
                 raise found(f"algo.{name} is too small", "at least 1", value, f"algo.{name}=1 or more")
-        if min_std_final <= 0:
-            raise found("algo.min_std_final is no noise", "more than 0", min_std_final, "algo.min_std_final=0.03")
+        check_numbers(
+            "algo.", least=0, most=1, gamma=gamma, gae_lambda=gae_lambda, denoise_discount=denoise_discount, bc_discount=bc_discount
+        )
+        check_numbers("algo.", least=0, actor_lr=actor_lr, actor_lr_final=actor_lr_final, weight_decay=weight_decay, bc_weight=bc_weight)
+        check_numbers("algo.", least=0, critic_lr=critic_lr, critic_lr_final=critic_lr_final, critic_warmup=critic_warmup)
+        check_numbers("algo.", least=0, clip_rate=clip_rate, target_kl=target_kl)
+        check_numbers("algo.", above=0, clip_first=clip_first, clip_last=clip_last, value_clip=value_clip, max_grad_norm=max_grad_norm)
+        check_numbers("algo.", above=0, min_std_final=min_std_final)
+        check_numbers("algo.", least=0, most=1, lr_warmup=lr_warmup)
         self.actor = actor(policy=policy)
         tuned = self.actor.tuned
         device = device_of(tuned)

@@ -12,6 +12,7 @@ from dprl import checkpoint, report, rng, run, setup, signals
 from dprl.data.episodes import Episodes
 from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
+from dprl.errors import check_numbers
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import write_json
 from dprl.guards import Guard, Learned, Limits, descend
@@ -115,13 +116,23 @@ class Cloner:
         self.told.load_state_dict(state["told"])
 
 
+def check_training(settings: DictConfig) -> None:
+    """Raises a ``UserError`` for numbers that no training can go by."""
+    s = settings
+    check_numbers("train.", least=0, lr=s.lr, lr_final=s.lr_final, weight_decay=s.weight_decay)
+    check_numbers("train.", least=0, below=1, validation=s.validation, ema=s.ema)
+    check_numbers("train.", least=0, most=1, warmup=s.warmup)
+    check_numbers("train.", above=0, max_grad_norm=s.max_grad_norm)
+
+
 def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     """``pretrain.py``: reads the data, trains, evaluates, saves. Returns the run's folder."""
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
     run.check_guards(cfg)
     counts = dict(train__steps=1, train__batch=1, train__log_every=1, train__save_every=1)
-    run.check_counts(cfg, **counts, evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1)
+    run.check_counts(cfg, **counts, evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1, evaluation__seed=0)
+    check_training(cfg.train)
     device = run.prepare(cfg)
     episodes: Episodes = setup.construct(cfg.data, "data")
     sizes = {"obs_shape": episodes.obs_shape, "act_dim": episodes.act.shape[-1]}
@@ -142,7 +153,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     resumable = checkpoint.resumable(folder)
     trainer = checkpoint.load_trainer(resumable[0]) if resumable else {"seconds": 0.0, "rng": rng.state()}
     if resumable:
-        cloner.load_state_dict(trainer)
+        with checkpoint.fitting(resumable[0] / "trainer.pt"):
+            cloner.load_state_dict(trainer)
         checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)  # in case the run was cut off before
     step = cloner.step if resumable else None
     guard, limits = Guard(cloner.learned(), folder=folder, rollbacks=cfg.guards.rollbacks), Limits(run.limits(cfg))

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dprl.errors import UserError
+from dprl.errors import found
+
+LARGEST_JSON = 2**27  # bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # why a disk takes no more
 
@@ -105,6 +107,20 @@ def _finite(value: Any) -> Any:
 def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file, or raises a ``UserError`` that names it."""
     try:
+        size = Path(path).stat().st_size
+        if size > LARGEST_JSON:
+            raise ValueError(f"{size} bytes")
         return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of too many digits
+        raise found(f"{path} cannot be read", "a JSON file", error, "bring the file again") from None
+
+
+def read_mapping(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
+    """Reads a JSON file that must hold a mapping with these ``keys``."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise found(f"{path} holds no mapping", "a JSON object", f"a {type(value).__name__}", "bring the file again")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise found(f"{path} lacks '{missing[0]}'", f"the keys {', '.join(keys)}", sorted(value)[:20], "bring the file again")
+    return value

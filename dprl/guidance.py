@@ -107,7 +107,9 @@ class GuidedActor(Wrapper):
         if not bool(torch.isfinite(act).all()):  # a slope that is not finite carries on to the chunk
             alone = self.policy.candidates(obs, 1)
             name = f"the value {self.climbed} or its slope" if bool(torch.isfinite(alone).all()) else "the policy"
-            raise UserError(f"{name} is not finite\n  fix:      guard square roots, divisions and logarithms; no NaN in observations")
+            raise found(
+                f"{name} is not finite", "numbers", "NaN or inf", "guard square roots, divisions and logarithms; no NaN in observations"
+            )
         return act
 
     def guide(self, obs: Obs, n: int) -> Guide:
@@ -201,7 +203,8 @@ class GuidedActor(Wrapper):
         except UserError:
             raise
         except Exception as error:  # whatever a user's function raises
-            raise UserError(f"the value {self.climbed} failed: {type(error).__name__}: {error}") from error
+            what = f"the value {self.climbed} failed: {type(error).__name__}: {error}"
+            raise found(what, "a number a chunk", "an error", "correct it: f(obs, act) -> [N]") from error
         finally:
             self.scale = scale
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dprl.critic import Critic, q_loss, td_target, v_loss
 from dprl.data.chunks import ChunkData, Replay, RolloutReturns
-from dprl.errors import found
+from dprl.errors import check_numbers, found
 from dprl.guards import Learned, descend
 from dprl.log import Sums
 from dprl.optim import adamw, set_lr, warmup_cosine
@@ -53,8 +53,11 @@ class Learner:
                 raise found(f"algo.{name} is too small", f"at least {least}", value, f"algo.{name}={max(1, least)}")
         if backup not in ("expectile", "best_of_n"):
             raise found("algo.backup is unknown", "expectile or best_of_n", backup, "algo.backup=expectile")
-        if not 0 < expectile < 1:
-            raise found("algo.expectile is out of range", "between 0 and 1", expectile, "algo.expectile=0.8")
+        check_numbers("algo.", above=0, below=1, expectile=expectile)
+        check_numbers("algo.", least=0, most=1, gamma=critic.gamma, polyak=polyak)
+        check_numbers("algo.", least=0, critic_lr=critic_lr, critic_lr_final=critic_lr_final)
+        check_numbers("algo.", least=0, most=1, lr_warmup=lr_warmup)
+        check_numbers("algo.", above=0, max_grad_norm=max_grad_norm)
         self.critic, self.policy = critic, policy
         self.step = 0
         self.scales = scale_rewards and not trained

@@ -117,7 +117,13 @@ class Sums:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    path, out = run / "metrics.jsonl", []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            raise found(f"{path}, line {number}, is no JSON", "a run's metrics", line[:80], "delete that line") from None
+    return out
 
 
 def curve(run: Path, *prefixes: str) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ class WeightedSum:
 
     def __init__(self, terms: Mapping[str, tuple[float, Reward]]):
         if not terms:
-            raise UserError("reward.terms is empty: name at least one term, such as reward=task")
+            raise found("reward.terms is empty", "at least one term", "none", "reward=task")
         self.names = tuple(terms)
         self.weights = tuple(float(weight) for weight, _ in terms.values())
         self.functions = tuple(function for _, function in terms.values())
@@ -89,7 +89,8 @@ class WeightedSum:
             try:
                 value = np.asarray(function(transition))
             except Exception as error:
-                raise UserError(f"reward term '{name}' failed: {type(error).__name__}: {error}") from error
+                what = f"{type(error).__name__}: {error}"
+                raise found(f"reward term '{name}' failed: {what}", "one number a step", "an error", "correct the function") from error
             if value.shape != (steps,):
                 raise found(
                     f"reward term '{name}' returned the wrong shape",
@@ -97,6 +98,8 @@ class WeightedSum:
                     list(value.shape),
                     "reduce over the last axis only, e.g. .mean(-1)",
                 )
+            if value.dtype.kind not in "fiub":
+                raise found(f"reward term '{name}' is not numbers", "one number a step", value.dtype, "return an array of floats")
             out[:, column] = weight * value
             if not np.isfinite(out[:, column]).all():
                 step = int(np.flatnonzero(~np.isfinite(out[:, column]))[0])
@@ -123,7 +126,7 @@ def from_config(terms: Mapping[str, Mapping[str, Any]]) -> WeightedSum:
             raise found(f"{where} is incomplete", "_target_ (a function) and weight", got, f"+{where}.weight=1.0")
         term = dict(term)
         weight = term.pop("weight")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
             raise found(f"{where}.weight is no number", "such as 1.0", weight, f"{where}.weight=1.0")
         try:
             function = plain(instantiate({**term, "_partial_": True, "_convert_": "all"}))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dprl import checkpoint, rng
+from dprl import checkpoint, rng, trust
 from dprl.errors import UserError, found
-from dprl.files import FULL, read_json, replacing
+from dprl.files import FULL, read_mapping, replacing
 from dprl.versions import versions
 
-UNSAVED = ("resume", "debug", "guards", "profile")  # keys that say how to run, not what; when to give up may change on resuming
+LARGEST = 2**32  # that a count or a seed may not reach
+# keys that say how to run, not what; when to give up may change on resuming
+UNSAVED = ("resume", "trust", "debug", "guards", "profile")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -77,7 +80,8 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             )
         if not (folder / "config.json").is_file():
             raise found("nothing to resume", "a run's folder", f"no config.json in {folder}", "resume=runs/<run>")
-        saved = read_json(folder / "config.json")
+        saved = read_mapping(folder / "config.json")
+        trust.check(saved, folder / "config.json")
         if set(saved) != set(plain(cfg)):
             other = sorted(set(saved) ^ set(plain(cfg)))
             raise found(
@@ -89,6 +93,8 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
         return Planned(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), started=True)
     folder = Path(cfg.out)
     if folder.exists():
+        if not folder.is_dir():
+            raise found(f"{folder} is a file", "a new folder for a new run", "a file", "out=runs/<another name>")
         if cfg.resume is None:
             raise found(
                 f"{folder} exists",
@@ -98,8 +104,9 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             )
         if not (folder / "config.json").is_file():
             raise found(f"{folder} is no run", "a run's folder", "no config.json in it", "out=runs/<another name>")
-        _compare(folder, read_json(folder / "config.json"), plain(cfg))
+        _compare(folder, read_mapping(folder / "config.json"), plain(cfg))
         return Planned(folder, cfg, started=True)
+    check_out(folder)
     return Planned(folder, cfg, started=False)
 
 
@@ -136,11 +143,22 @@ def _named(cfg: DictConfig) -> dict[str, str]:
 
 def check_counts(cfg: DictConfig, **least: int) -> None:
     """Raises a ``UserError`` unless each key of ``cfg`` (``__`` for a dot) is a whole number of at least so much."""
-    for key, smallest in ({"seed": 0, "checkpoints": 1} | least).items():
+    threads = {} if cfg.threads is None else {"threads": 1}
+    for key, smallest in ({"seed": 0, "checkpoints": 1} | threads | least).items():
         name = key.replace("__", ".")
         value = OmegaConf.select(cfg, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise found(f"{name} is out of range", f"a whole number of at least {smallest}", value, f"{name}={max(smallest, 1)}")
+        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < LARGEST:
+            expected = f"a whole number of at least {smallest}, below 2**32"
+            raise found(f"{name} is out of range", expected, value, f"{name}={max(smallest, 1)}")
+
+
+def check_out(folder: Path) -> None:
+    """Raises a ``UserError`` if ``folder`` could not be made: told before the work, not behind it."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise found(f"{folder} cannot be made", "a new folder", f"{above} is a file", "out=runs/<name>")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise found(f"{folder} cannot be made", "a folder that may be written to", f"{above} may not be", "out=<a folder of yours>")
 
 
 def check_guards(cfg: DictConfig) -> None:
@@ -188,5 +206,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used: {str(error).splitlines()[0]}\n  fix:      device=auto") from None
+        raise found(f"device={name} cannot be used", "auto, cpu or cuda", str(error).splitlines()[0], "device=auto") from None
     return device

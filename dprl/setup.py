@@ -25,9 +25,20 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{what} cannot be built: {cause}\n  where:    {error.args[0].splitlines()[-1]}") from error
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{what} cannot be built: {error}") from error
+        last = error.args[0].splitlines()[-1]
+        raise _unbuilt(what, cause, last.removeprefix("full_key: ") if last.startswith("full_key: ") else "") from error
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        raise _unbuilt(what, error, "") from error
+
+
+def _unbuilt(what: str, cause: object, where: str) -> UserError:
+    at = f" at {where}" if where and where not in str(cause) else ""
+    return found(
+        f"{what} cannot be built{at}",
+        "what it names, and the settings that takes",
+        cause,
+        f"correct it in the yaml, or as {what}.<key>=...",
+    )
 
 
 def environments(
@@ -68,7 +79,6 @@ def logger(cfg: DictConfig) -> Callable[..., Logger]:
     try:
         made.func.require()
     except ImportError as error:
-        raise UserError(
-            f"logger={made.func.__name__} wants a package that is not installed: {error}\n  fix:      pip install it, or logger=none"
-        ) from None
+        what = f"logger={made.func.__name__.lower()} wants a package"
+        raise found(what, "one that is installed", error, f"pip install {error.name}, or logger=none") from None
     return made

@@ -136,15 +136,16 @@ class Tuner:
         return None, 0.0
 
     def _load(self, path: Path, trainer: dict[str, Any]) -> None:
-        self.algo.actor.load_state_dict(checkpoint.load(path).actor.state_dict())
-        self.algo.load_state_dict(trainer["algo"])
-        self.iteration, self.saved, self.evaluation_steps = (trainer[key] for key in ("iteration", "saved", "evaluation_steps"))
-        self.collector.load_state_dict(trainer["collector"])
-        self.guard.count = trainer["rollbacks"]
+        saved = checkpoint.load(path, known=self.node)
+        with checkpoint.fitting(path / "trainer.pt"):
+            self.algo.actor.load_state_dict(saved.actor.state_dict())
+            self.algo.load_state_dict(trainer["algo"])
+            self.iteration, self.saved, self.evaluation_steps = (trainer[key] for key in ("iteration", "saved", "evaluation_steps"))
+            self.collector.load_state_dict(trainer["collector"])
+            self.guard.count, score, self.rng = trainer["rollbacks"], trainer["score"], trainer["rng"]
         self.guard.keep()
         if self.saved == self.iteration:  # in case the run was cut off between the two
-            checkpoint.keep(self.folder, self.iteration, trainer["score"], newest=self.cfg.checkpoints)
-        self.rng = trainer["rng"]
+            checkpoint.keep(self.folder, self.iteration, score, newest=self.cfg.checkpoints)
 
 
 def tune(cfg: DictConfig, overrides: list[str]) -> Path:
@@ -152,7 +153,8 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     planned = run.plan(cfg, overrides)
     cfg, folder = planned.cfg, planned.folder
     run.check_guards(cfg)
-    run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
+    counts = dict(num_envs=1, evaluation__num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
+    run.check_counts(cfg, **counts, evaluation__seed=0)
     choose, floor = cfg.evaluation.choose, cfg.evaluation.floor
     ways = ("best", "modes", "last", *(cfg.task.env.get("metrics") or ()))
     if choose not in ways:
@@ -212,7 +214,7 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         metrics.close()
     train_envs.close()
 
-    best = checkpoint.load(folder, device=device)
+    best = checkpoint.load(folder, device=device, known=tuner.node)
     with collector.clock("evaluation"):
         after = evaluate(best.actor, envs, finals)
     envs.close()

@@ -123,11 +123,11 @@ LEARNING: dict[str, Any] = dict(  # what every algorithm with a learned critic i
 def command(tmp_path):
     """Runs a program of the checkout in an empty folder: ``command("pretrain.py", "seed=1")``."""
 
-    def call(program: str, *arguments: str, status: int | None = 0, **options) -> subprocess.CompletedProcess:
+    def call(program: str, *arguments: str, status: int | None = 0, folder: Path = tmp_path, **options) -> subprocess.CompletedProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
         done = subprocess.run(
             [sys.executable, str(ROOT / program), *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             capture_output=True,
             text=True,
@@ -145,8 +145,8 @@ def command(tmp_path):
 def in_process(tmp_path, monkeypatch, capsys):
     """Runs a program as ``python <program>`` would, without the cost of a process: its status and what it printed."""
 
-    def call(program: str, *arguments: str) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
+    def call(program: str, *arguments: str, folder: Path = tmp_path) -> tuple[int, str]:
+        monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.setattr(sys, "path", list(sys.path))
         sys.modules.pop("bad", None)

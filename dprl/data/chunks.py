@@ -14,7 +14,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import Rollout
-from dprl.errors import UserError
+from dprl.errors import found
 from dprl.returns import chunk_rewards, discounts, returns_to_go
 
 torchrl_logger.setLevel("WARNING")  # it announces every storage it makes
@@ -30,7 +30,7 @@ class ChunkData:
 
     def __init__(self, episodes: Episodes, *, obs_steps: int, act_steps: int, gamma: float, device: torch.device | str = "cpu"):
         if episodes.rew is None:
-            raise UserError(f"{episodes.source} has no rewards, and a critic learns from nothing else")
+            raise found(f"{episodes.source} has no rewards", "rewards: a critic learns from nothing else", "none", "data with rewards")
         obs, act, rew, lengths = [], [], [], []
         for e, (start, end) in enumerate(zip(episodes.starts.tolist(), episodes.ends.tolist(), strict=True)):
             whole = episodes.last_obs is not None or bool(episodes.terminated[e])

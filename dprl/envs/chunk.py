@@ -237,10 +237,12 @@ def make_one(*, id: str, kwargs: dict[str, Any], max_episode_steps: int | None, 
         mujoco.set_mju_user_warning(_say_once)  # type: ignore[attr-defined]
     try:
         env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        raise UserError(
-            f"task.env.id={id} cannot be made: {error}\n  fix:      check the id, its package and task.env.kwargs={kwargs}"
-        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever an environment's constructor raises
+        fix = f"check the id, its package and task.env.kwargs={kwargs}; debug=true shows where"
+        what = f"{type(error).__name__}: {error}"
+        raise found(f"task.env.id={id} cannot be made", "an environment of gymnasium, or module:Id-v0", what, fix) from error
     if env.spec is None or env.spec.max_episode_steps is None:
         raise found(f"{id} has no time limit", "an episode that ends", "no max_episode_steps", "task.env.max_episode_steps=1000")
     return ChunkEnv(env, **chunk)

@@ -154,7 +154,13 @@ def make_vec(
 
         return VecEnv(ChunkPool(**chunk, num_envs=num_envs), **told)  # type: ignore[arg-type]
     makes = [partial(make_one, **chunk, trace=trace, index=i) for i in range(num_envs)]  # type: ignore[arg-type]
-    _try_out(makes[0]())
+    try:
+        _try_out(makes[0]())
+    except UserError:
+        raise
+    except Exception as error:  # whatever an environment raises
+        what = f"{type(error).__name__}: {error}"
+        raise found(f"task.env.id={id} fails at its first steps", "one that runs", what, "correct it; debug=true shows where") from error
     if backend == "auto":
         backend = faster(makes[0], num_envs, f"{id} {kwargs} {act_steps}")
     if backend == "sync":
@@ -177,7 +183,5 @@ def check_fits(envs: VecEnv, *, obs_shape, act_dim: int, source: str) -> None:
     """Raises a ``UserError`` unless observations and actions have the sizes that ``source`` was made for."""
     for what, expected, got in (("observation", envs.obs_shape, obs_shape), ("action", envs.act_dim, act_dim)):
         if expected != got:
-            raise UserError(
-                f"{source} does not fit the task: another {what} size\n  expected: {expected}, the task's\n"
-                f"  found:    {got}, in {source}\n  fix:      name the task or the data it was made with: task=... data.path=..."
-            )
+            fix = "name the task or the data it was made with: task=... data.path=..."
+            raise found(f"{source} does not fit the task: another {what} size", f"{expected}, the task's", f"{got}, in {source}", fix)

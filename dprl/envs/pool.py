@@ -130,8 +130,8 @@ class ChunkPool:
     def _rewarded(self, taken: list[tuple[np.ndarray, int, Transition]]) -> tuple[dict[str, np.ndarray], dict[int, str]]:
         """The reward of every step, what is summed over a chunk and its length, by one call of each term; and whose chunks are
         dropped, and why."""
-        n, faults = self.num_envs, {}
-        out = dict(rew=np.zeros((n, self.act_steps), np.float32), length=np.zeros(n, int), task_return=np.zeros(n))
+        n, faults = self.num_envs, dict[int, str]()
+        out: dict[str, np.ndarray] = dict(rew=np.zeros((n, self.act_steps), np.float32), length=np.zeros(n, int), task_return=np.zeros(n))
         out["terms"] = np.zeros((n, len(self.reward.names)))
         if not taken:
             return out, faults

@@ -2,6 +2,7 @@
 # make test   the same environment, and every test
 # make quick  the tests that take seconds
 # make check  what a commit must pass: ruff, pyright, the quick tests
+# make bench  times what users wait for, beside the textbook version of it; nothing else should run
 # make lock   renews constraints.txt from what is installed
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 SEED := 0
 
-.PHONY: demo test quick check lock install
+.PHONY: demo test quick check bench lock install
 
 install: $(VENV)/.installed
 
@@ -38,6 +39,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not slow"
+
+bench: install
+	$(BIN)/python scripts/benchmark.py
+	$(BIN)/python scripts/results.py
 
 lock: install
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

@@ -17,7 +17,7 @@ def tune(cfg, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    cli.main("finetune", tune)
+    cli.main("finetune", tune, resumes=True)
 
 
 if __name__ == "__main__":

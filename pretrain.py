@@ -18,7 +18,7 @@ def train(cfg, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    cli.main("pretrain", train)
+    cli.main("pretrain", train, resumes=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from dprl.chain import ChainActor
 from dprl.envs.collect import Collect, Rollout
-from dprl.errors import found
+from dprl.errors import check_numbers, found
+from dprl.guards import Learned, descend
 from dprl.log import Sums
 from dprl.normalize import Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
@@ -98,8 +99,15 @@ class DPPO:
         for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
             if value < 1:
                 raise found(f"algo.{name} is too small", "at least 1", value, f"algo.{name}=1 or more")
-        if min_std_final <= 0:
-            raise found("algo.min_std_final is no noise", "more than 0", min_std_final, "algo.min_std_final=0.03")
+        check_numbers(
+            "algo.", least=0, most=1, gamma=gamma, gae_lambda=gae_lambda, denoise_discount=denoise_discount, bc_discount=bc_discount
+        )
+        check_numbers("algo.", least=0, actor_lr=actor_lr, actor_lr_final=actor_lr_final, weight_decay=weight_decay, bc_weight=bc_weight)
+        check_numbers("algo.", least=0, critic_lr=critic_lr, critic_lr_final=critic_lr_final, critic_warmup=critic_warmup)
+        check_numbers("algo.", least=0, clip_rate=clip_rate, target_kl=target_kl)
+        check_numbers("algo.", above=0, clip_first=clip_first, clip_last=clip_last, value_clip=value_clip, max_grad_norm=max_grad_norm)
+        check_numbers("algo.", above=0, min_std_final=min_std_final)
+        check_numbers("algo.", least=0, most=1, lr_warmup=lr_warmup)
         self.actor = actor(policy=policy)
         tuned = self.actor.tuned
         device = device_of(tuned)
@@ -182,7 +190,9 @@ class DPPO:
             batch_size=[t, n],
         )
         explained = 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
-        return batch.flatten(), {"explained_variance": float(explained), "value": float(value.mean())}
+        ran = rollout.ran.flatten()
+        rows: Any = batch.flatten()
+        return rows if bool(ran.all()) else rows[ran], {"explained_variance": float(explained), "value": float(value.mean())}
 
     def update(self, batch: TensorDict) -> dict[str, float]:
         """``epochs`` passes over the M states in minibatches of ``batch`` states, each with all its K' steps."""
@@ -204,7 +214,7 @@ class DPPO:
     def _step(self, rows: TensorDict, warm: bool) -> dict[str, Tensor]:
         loss = value_loss(self.value(rows["obs"]), rows["value"], rows["target"], self.value_clip)
         metrics = {"critic_loss": loss.detach()}
-        self._descend(self.critic_optimizer, self.critic, loss)
+        descend(self.critic_optimizer, loss, max_norm=self.max_grad_norm, batch=rows)
         if warm:
             return metrics
         adv = rows["adv"]
@@ -216,7 +226,7 @@ class DPPO:
             bc = self.bc_loss(rows["obs"])
             loss = loss + self.bc_weight * bc
             parts["bc_loss"] = bc.detach()
-        parts["grad_norm"] = self._descend(self.actor_optimizer, self.actor.tuned, loss)
+        parts["grad_norm"] = descend(self.actor_optimizer, loss, max_norm=self.max_grad_norm, batch=rows)
         return metrics | parts
 
     def bc_loss(self, obs: Obs) -> Tensor:
@@ -231,12 +241,8 @@ class DPPO:
         kl = 0.5 * self.actor.tuned.executed((tuned - base) / std).square().mean((-2, -1))  # [N*C]
         return (kl.view(-1, len(self.bc_share)) * self.bc_share).mean()
 
-    def _descend(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_grad_norm)
-        optimizer.step()
-        return norm.detach()
+    def learned(self) -> list[Learned]:
+        return [self.actor.tuned, self.critic, self.actor_optimizer, self.critic_optimizer]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ differentiable function of observation and chunk. How hard to push is chosen on 
 Letters: N environments or batch, n chunks of one observation, H horizon, Ta executed steps, A action dim.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from dprl.data.chunks import ChunkData, RolloutReturns
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import Collect
 from dprl.errors import found
+from dprl.guards import Learned, descend
 from dprl.guidance import GuidedActor, check_scale
 from dprl.learner import Learner
 from dprl.log import Sums
@@ -128,6 +130,9 @@ class Guided:
             self.tried += 1
             yield {"choice/scale": self.actor.scale, "validate": True}
 
+    def learned(self) -> list[Learned]:
+        return [part for owner in (self.learner, self.energy) if owner is not None for part in owner.learned()]
+
     def state_dict(self) -> dict[str, Any]:
         parts = {"learner": self.learner, "energy": self.energy}
         rows = None if self.rows is None else dict(self.rows.rows.items())
@@ -157,12 +162,14 @@ class Energy:
         for _ in range(count):
             obs = self.data.sample(self.batch)["obs"]
             loss = energy_loss(self.actor, obs, support=self.support, beta=self.beta)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            descend(self.optimizer, loss, max_norm=math.inf, batch={"obs": obs})
             sums.add({"energy_loss": loss.detach()})
             self.step += 1
         return sums.means()
+
+    def learned(self) -> list[Learned]:
+        assert self.actor.energy is not None
+        return [self.actor.energy, self.optimizer]
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "optimizer": self.optimizer.state_dict()}

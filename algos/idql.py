@@ -12,13 +12,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from dprl.critic import Critic, adopt
 from dprl.data.chunks import ChunkData, Replay, from_rollout
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import Collect
 from dprl.errors import found
+from dprl.guards import Learned, descend
 from dprl.learner import Learner
 from dprl.normalize import Obs
 from dprl.optim import adamw, polyak
@@ -197,6 +198,9 @@ class IDQL:
             self.iteration += 1
             yield metrics
 
+    def learned(self) -> list[Learned]:
+        return [part for owner in (self.learner, self.cloner) if owner is not None for part in owner.learned()]
+
     def state_dict(self) -> dict[str, Any]:
         parts = {"learner": self.learner, "cloner": self.cloner, "replay": self.replay}
         state = {name: part.state_dict() for name, part in parts.items() if part is not None}
@@ -224,12 +228,12 @@ class Cloner:
         policy = self.learning
         ran = torch.arange(policy.act_steps, device=batch["length"].device) < batch["length"][:, None]  # [N, Ta], Ta = H
         loss = policy.loss(batch["obs"], batch["act"], ran)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        descend(self.optimizer, loss, max_norm=self.max_grad_norm, batch=batch)
         polyak(self.policy, policy, self.rate)
         return {"clone_loss": loss.detach()}
+
+    def learned(self) -> list[Learned]:
+        return [self.policy, self.learning, self.optimizer]
 
     def state_dict(self) -> dict[str, Any]:
         return {"learning": self.learning.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dprl import checkpoint
 from dprl.errors import found
-from dprl.files import read_json
+from dprl.files import read_mapping
 from dprl.normalize import MinMax, Obs
 from dprl.optim import polyak
 from dprl.policy import Actor, frozen
@@ -136,8 +136,8 @@ def from_run(run: str | None, reward: dict[str, Any]) -> Critic | None:
 def _reward_of(path: Path) -> dict[str, Any] | None:
     """The reward terms of the run that the checkpoint at ``path`` is part of, if it is still part of one."""
     for config in (path.parent.parent / "config.json", path.parent / "config.json"):
-        if config.is_file() and "reward" in (saved := read_json(config)):
-            return saved["reward"]["terms"]
+        if config.is_file() and isinstance(saved := read_mapping(config).get("reward"), dict):
+            return saved.get("terms")
     return None
 
 

@@ -130,8 +130,12 @@ class DiffusionPolicy(ChunkPolicy):
         """Takes reverse ``steps`` from ``x``, each with a std of at least ``min_std`` and unit noise cut at the limit."""
         for i in steps:
             mean, std = self.reverse(x, i, cond, guide)
-            std = std.clamp(min=min_std)
-            x = mean + std * torch.randn_like(mean).clamp(-noise_limit, noise_limit)
+            noise = torch.randn_like(mean)
+            if min_std:
+                std = std.clamp(min=min_std)
+            if noise_limit < float("inf"):
+                noise = noise.clamp(-noise_limit, noise_limit)
+            x = mean + std * noise
             yield Step(x, mean, std)
 
     def prior(self, n: int) -> Tensor:

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri  # scipy.stats would take half a second and 47 MB
 from torch import nn
 
+from dprl import rng
 from dprl.envs.collect import to_torch
 from dprl.envs.vector import VecEnv
+from dprl.errors import UserError
+from dprl.log import warn
 from dprl.policy import device_of
 
-Z95 = float(norm.ppf(0.975))
+Z95 = float(ndtri(0.975))
 FINALS = 10_000  # a run's final episodes are seeded this far after those it was watched or chosen by
 
 
@@ -34,6 +37,7 @@ class Evaluation:
     values: np.ndarray | None = None  # what the actor predicted for its first chunk, if it predicts
     discounted: np.ndarray | None = None  # and the discounted return, of the configured reward, that came
     measures: dict[str, np.ndarray] = field(default_factory=dict)  # what the task measures besides (task.env.metrics)
+    dropped: int = 0  # episodes that ended in a number that is not finite: failed
 
     def score(self) -> float:
         """What a best checkpoint is chosen by: success, ties by return; or return alone."""
@@ -53,6 +57,8 @@ class Evaluation:
         s = self.summary()
         keys = [key for key in ("return", "length", "success", "value", "discounted", *self.measures) if s.get(key) is not None]
         out = {f"{prefix}/{key}": float(s[key]) for key in keys}
+        if self.dropped:
+            out[f"{prefix}/dropped_episodes"] = float(self.dropped)
         if intervals:
             for key in ("success", "return", *self.measures):
                 if key in keys:
@@ -64,6 +70,7 @@ class Evaluation:
         s = self.summary()
         rate = "" if s["success"] is None else "success {:.3f} [{:.3f}, {:.3f}], ".format(s["success"], *s["success_ci95"])
         rest = "".join(", {} {:.4g} [{:.4g}, {:.4g}]".format(key, s[key], *s[f"{key}_ci95"]) for key in self.measures)
+        rest += f", {self.dropped} failed by numbers that are not finite" if self.dropped else ""
         return rate + "return {:.4g} [{:.4g}, {:.4g}]{}, {} episodes".format(s["return"], *s["return_ci95"], rest, s["n"])
 
     def summary(self, modes: str | None = None) -> dict[str, Any]:
@@ -78,6 +85,7 @@ class Evaluation:
             "return_std": float(self.returns.std()),
             "length": float(self.lengths.mean()),
             "n": len(self.seeds),
+            **({"dropped_episodes": self.dropped} if self.dropped else {}),
             **({} if self.values is None else {"value": float(self.values.mean())}),
             **({} if self.discounted is None else {"discounted": float(self.discounted.mean())}),
             **{key: float(values.mean()) for key, values in self.measures.items()},
@@ -105,15 +113,17 @@ def final_seeds(first: int, episodes: int) -> range:
 def evaluate(actor: nn.Module, envs: VecEnv, seeds: Sequence[int]) -> Evaluation:
     """Runs one whole episode for each of ``seeds``, as many at a time as there are environments.
 
-    The actor is put into ``eval`` mode and back. The sampling noise is seeded from ``seeds``, and torch's generator is
-    left as it was found: evaluating never disturbs training.
+    An episode with an observation or a reward that is not finite is a failure: no success, and of return and of what the task
+    measures the least of its own (up to there) and all others'. Its seed is named. One whose process was lost is run again.
+
+    The actor is put into ``eval`` mode and back. The sampling noise is seeded from ``seeds``, and the generators are
+    left as they were found: evaluating never disturbs training.
     """
     device = device_of(actor)
     was_training = actor.training
     actor.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(seeds[0])
+        with rng.forked(seeds[0]), torch.no_grad():
             return _episodes(actor, envs, list(seeds), device)
     finally:
         actor.train(was_training)
@@ -131,7 +141,7 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
     obs = envs.reset(seeds=[seeds[e] if e < total else 0 for e in episode])
     if n > total:
         envs.rest(episode >= total)
-    following = n
+    following, failed = n, []
     while (episode < total).any():
         act, extra = actor(to_torch(obs, device))
         step = envs.step(act.cpu().numpy())
@@ -150,19 +160,36 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
             for i in live:
                 pieces[episode[i]].append(step.trace[i, : step.length[i]])
         obs = step.obs
-        ended = step.done & (episode < total)
+        for i, why in step.faults.items():
+            warn(f"evaluation, seed {seeds[episode[i]]}, environment {i}: {why}; the episode counts as failed")
+            failed.append(int(episode[i]))
+        lost = np.zeros(n, bool)
+        lost[[i for i in step.lost if episode[i] < total]] = True
+        for e in episode[lost]:
+            returns[e], lengths[e], success[e] = 0.0, 0, False
+            pieces[e].clear()
+            if discounted is not None:
+                discounted[e] = 0.0
+        ended = step.done & (episode < total) & ~lost
         for i in np.flatnonzero(ended):
             for key in info:
                 info[key][episode[i]] = step.info[key][i]
             episode[i], following = following, following + 1
-        again, idle = ended & (episode < total), ended & (episode >= total)
+        again, idle = (ended & (episode < total)) | lost, ended & (episode >= total)
         if idle.any():
             envs.rest(idle)
         if again.any():
             obs = envs.reset(seeds=[seeds[e] if a else None for e, a in zip(episode, again, strict=True)], mask=again)
     traces = [np.concatenate(part) for part in pieces] if pieces[0] else []
     measures = {key: info[key] for key in envs.metrics}
-    return Evaluation(seeds, returns, lengths, success if envs.has_success else None, info, traces, values, discounted, measures)
+    if failed:
+        if len(failed) == total:
+            raise UserError("every episode of an evaluation ended in a number that is not finite\n  fix:      repair the environment")
+        for kind in (returns, *measures.values(), *([] if discounted is None else [discounted])):
+            kind[failed] = np.nanmin(kind)
+        success[failed] = False
+    shown = success if envs.has_success else None
+    return Evaluation(seeds, returns, lengths, shown, info, traces, values, discounted, measures, len(failed))
 
 
 def wilson(successes: int, n: int) -> list[float]:

@@ -13,6 +13,7 @@ from dprl.critic import Critic
 from dprl.diffusion import Estimate, Guide
 from dprl.errors import UserError, found
 from dprl.normalize import Obs
+from dprl.partials import plain
 from dprl.policy import Wrapper, repeated
 
 Value = Callable[[Tensor, Tensor], Tensor]  # obs [N, To, O] and act [N, Ta, A] in environment units -> [N], more is better
@@ -70,7 +71,7 @@ class GuidedActor(Wrapper):
             what = "algo.actor.normalize=data is for the slope of a critic at clean chunks"
             raise found(what, "no value, at=clean, jacobian=identity", f"{value}, {at}, {jacobian}", "algo.actor.normalize=sample")
         self.policy = policy
-        self.value, self.critic = value, None if value is not None else critic(policy=policy)
+        self.value, self.critic = plain(value), None if value is not None else critic(policy=policy)
         if self.critic is not None and candidates > 1 and len(self.critic.target) < 2:
             raise found("ranking wants a member that did not guide", "members of at least 2", 1, "algo.actor.critic.members=2")
         sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps, act_dim=policy.act_dim, act_steps=policy.act_steps)
@@ -106,7 +107,9 @@ class GuidedActor(Wrapper):
         if not bool(torch.isfinite(act).all()):  # a slope that is not finite carries on to the chunk
             alone = self.policy.candidates(obs, 1)
             name = f"the value {self.climbed} or its slope" if bool(torch.isfinite(alone).all()) else "the policy"
-            raise UserError(f"{name} is not finite\n  fix:      guard square roots, divisions and logarithms; no NaN in observations")
+            raise found(
+                f"{name} is not finite", "numbers", "NaN or inf", "guard square roots, divisions and logarithms; no NaN in observations"
+            )
         return act
 
     def guide(self, obs: Obs, n: int) -> Guide:
@@ -200,7 +203,8 @@ class GuidedActor(Wrapper):
         except UserError:
             raise
         except Exception as error:  # whatever a user's function raises
-            raise UserError(f"the value {self.climbed} failed: {type(error).__name__}: {error}") from error
+            what = f"the value {self.climbed} failed: {type(error).__name__}: {error}"
+            raise found(what, "a number a chunk", "an error", "correct it: f(obs, act) -> [N]") from error
         finally:
             self.scale = scale
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from dprl.critic import Critic, q_loss, td_target, v_loss
 from dprl.data.chunks import ChunkData, Replay, RolloutReturns
-from dprl.errors import found
+from dprl.errors import check_numbers, found
+from dprl.guards import Learned, descend
 from dprl.log import Sums
 from dprl.optim import adamw, set_lr, warmup_cosine
 from dprl.policy import Actor
@@ -52,8 +53,11 @@ class Learner:
                 raise found(f"algo.{name} is too small", f"at least {least}", value, f"algo.{name}={max(1, least)}")
         if backup not in ("expectile", "best_of_n"):
             raise found("algo.backup is unknown", "expectile or best_of_n", backup, "algo.backup=expectile")
-        if not 0 < expectile < 1:
-            raise found("algo.expectile is out of range", "between 0 and 1", expectile, "algo.expectile=0.8")
+        check_numbers("algo.", above=0, below=1, expectile=expectile)
+        check_numbers("algo.", least=0, most=1, gamma=critic.gamma, polyak=polyak)
+        check_numbers("algo.", least=0, critic_lr=critic_lr, critic_lr_final=critic_lr_final)
+        check_numbers("algo.", least=0, most=1, lr_warmup=lr_warmup)
+        check_numbers("algo.", above=0, max_grad_norm=max_grad_norm)
         self.critic, self.policy = critic, policy
         self.step = 0
         self.scales = scale_rewards and not trained
@@ -101,10 +105,7 @@ class Learner:
     def _step(self, batch: TensorDict) -> dict[str, Tensor]:
         value, metrics = v_loss(self.critic, batch, self.expectile)
         loss, parts = q_loss(self.critic, batch, td_target(batch, self.next_value(batch), self.critic.scale))
-        self.optimizer.zero_grad(set_to_none=True)
-        (value + loss).backward()
-        parts["grad_norm"] = nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.max_grad_norm).detach()
-        self.optimizer.step()
+        parts["grad_norm"] = descend(self.optimizer, value + loss, max_norm=self.max_grad_norm, batch=batch)
         self.critic.follow(self.polyak)
         return metrics | parts
 
@@ -115,6 +116,9 @@ class Learner:
             return self.critic.state_value(batch["next_obs"])
         act = self.policy.candidates(batch["next_obs"], self.backup_candidates)
         return self.critic.score(batch["next_obs"], act).amax(-1)
+
+    def learned(self) -> list[Learned]:
+        return [self.critic, self.optimizer]
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "optimizer": self.optimizer.state_dict()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -12,6 +13,12 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from dprl.errors import found
+from dprl.files import naming, replacing, to_disk
+
+
+def warn(message: str) -> None:
+    """A line on the terminal, beside the live one."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 class Logger(Protocol):
@@ -50,7 +57,8 @@ class Wandb:
 
         name = run / "wandb_id"
         if not name.is_file():
-            name.write_text(secrets.token_hex(6))
+            with replacing(name) as path:
+                path.write_text(secrets.token_hex(6))
         settings: Any = dict(project=project, mode=mode, name=run.name, id=name.read_text(), resume="allow", dir=run)
         self.run = wandb.init(**settings, config=dict(config))
 
@@ -71,7 +79,7 @@ class TensorBoard:
     def __init__(self, *, run: Path, config: Mapping[str, Any], step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=None if step is None else step + 1)
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=0 if step is None else step + 1)
 
     @staticmethod
     def require() -> None:
@@ -100,16 +108,39 @@ class Sums:
     def means(self) -> dict[str, float]:
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
 
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    path, out = run / "metrics.jsonl", []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            raise found(f"{path}, line {number}, is no JSON", "a run's metrics", line[:80], "delete that line") from None
+    return out
 
 
 def curve(run: Path, *prefixes: str) -> list[dict[str, Any]]:
     """What a run said under these ``prefix/`` as it went: ``step``, ``env_steps`` where there are any, and those values."""
     kept = [{k: v for k, v in line.items() if k in ("step", "env_steps") or k.startswith(prefixes)} for line in read(run)]
     return [point for point in kept if any(key.startswith(prefixes) for key in point)]
+
+
+def _cut(path: Path, step: int | None) -> None:
+    """Drops the lines from after ``step``, all of them for None, and one that was cut off. In place: a shorter file is there
+    at once or not at all, and wants no room."""
+    kept = 0
+    for line in path.read_bytes().splitlines(True) if step is not None else ():
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        kept += len(line)
+    os.truncate(path, kept)
 
 
 class Metrics:
@@ -134,8 +165,7 @@ class Metrics:
     ):
         self.path, self.logger, self.shown = run / "metrics.jsonl", logger, shown
         if self.path.exists():
-            lines = self.path.read_text().splitlines(True) if step is not None else []
-            self.path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            _cut(self.path, step)
         self.file = self.path.open("a")
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
@@ -164,13 +194,20 @@ class Metrics:
             if not math.isfinite(value):
                 fix = "smaller learning rates; resume= goes on from the last checkpoint"
                 raise found(f"training diverged at step {step}", "finite numbers", f"{key} is {value}", fix)
-        self.file.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **metrics}) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **metrics}) + "\n")
+            self.file.flush()
         self.logger.log(metrics, step)
         self.bar.set_postfix({key.split("/")[-1]: f"{self.latest[key]:.3g}" for key in self.shown if key in self.latest}, refresh=False)
         self.bar.update(min(done, self.bar.total) - self.bar.n)
 
+    def to_disk(self) -> None:
+        """Before a checkpoint: a run that is resumed there has its lines too."""
+        with naming(self.path):
+            to_disk(self.path)
+
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         self.logger.close()

@@ -14,9 +14,9 @@ def adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
+    """The learning rate of the next step; less for an optimizer that was slowed (see ``dprl/guards.py``)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("slowed", 1.0)
 
 
 def warmup_cosine(progress: float, *, lr: float, final: float, warmup: float) -> float:

@@ -78,6 +78,12 @@ def markdown(lines: Iterable[Sequence[str]], columns: Sequence[str]) -> str:
     return "\n".join([line(cells[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, cells[1:])]) + "\n"
 
 
+def parts(seconds: dict[str, float]) -> str:
+    """Where a run's time went, a part a row."""
+    total = sum(seconds.values()) or 1.0
+    return markdown([[part, f"{s:.1f}", f"{100 * s / total:.1f}"] for part, s in seconds.items()], ["part", "seconds", "%"])
+
+
 def write_comparison(folder: Path, result: dict[str, Any], before: Evaluation, after: Evaluation, draw: Draw | None) -> None:
     """``comparison.md`` and ``comparison.png`` of a run; prints the table and where both are."""
     compared = table({str(folder): result})

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dprl.errors import UserError, found
+from dprl.partials import plain
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,20 @@ def clearance(t: Transition, *, distance: Callable[[np.ndarray], np.ndarray], co
     return -np.clip(1 - distance(t.next_obs[..., columns]) / margin, 0, 1)
 
 
+class NotFinite(UserError):
+    """A reward that is no number: which term's, of which of the steps, and what it is instead."""
+
+    def __init__(self, term: str, step: int, value: float):
+        super().__init__(str(found(f"reward term '{term}' is not finite", "numbers", value, "guard its divisions and logarithms")))
+        self.term, self.step, self.value = term, step, value
+
+
 class WeightedSum:
     """Named terms and their weights. ``parts`` gives every term's weighted share, [L, terms], in order of ``names``."""
 
     def __init__(self, terms: Mapping[str, tuple[float, Reward]]):
         if not terms:
-            raise UserError("reward.terms is empty: name at least one term, such as reward=task")
+            raise found("reward.terms is empty", "at least one term", "none", "reward=task")
         self.names = tuple(terms)
         self.weights = tuple(float(weight) for weight, _ in terms.values())
         self.functions = tuple(function for _, function in terms.values())
@@ -80,7 +89,8 @@ class WeightedSum:
             try:
                 value = np.asarray(function(transition))
             except Exception as error:
-                raise UserError(f"reward term '{name}' failed: {type(error).__name__}: {error}") from error
+                what = f"{type(error).__name__}: {error}"
+                raise found(f"reward term '{name}' failed: {what}", "one number a step", "an error", "correct the function") from error
             if value.shape != (steps,):
                 raise found(
                     f"reward term '{name}' returned the wrong shape",
@@ -88,11 +98,12 @@ class WeightedSum:
                     list(value.shape),
                     "reduce over the last axis only, e.g. .mean(-1)",
                 )
-            if not np.isfinite(value).all():
-                raise found(
-                    f"reward term '{name}' is not finite", "numbers", value[~np.isfinite(value)][0], "guard its divisions and logarithms"
-                )
+            if value.dtype.kind not in "fiub":
+                raise found(f"reward term '{name}' is not numbers", "one number a step", value.dtype, "return an array of floats")
             out[:, column] = weight * value
+            if not np.isfinite(out[:, column]).all():
+                step = int(np.flatnonzero(~np.isfinite(out[:, column]))[0])
+                raise NotFinite(name, step, float(value[step]))
         return out
 
     def __call__(self, transition: Transition) -> np.ndarray:
@@ -115,10 +126,10 @@ def from_config(terms: Mapping[str, Mapping[str, Any]]) -> WeightedSum:
             raise found(f"{where} is incomplete", "_target_ (a function) and weight", got, f"+{where}.weight=1.0")
         term = dict(term)
         weight = term.pop("weight")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
             raise found(f"{where}.weight is no number", "such as 1.0", weight, f"{where}.weight=1.0")
         try:
-            function = instantiate({**term, "_partial_": True, "_convert_": "all"})
+            function = plain(instantiate({**term, "_partial_": True, "_convert_": "all"}))
         except InstantiationException as error:
             cause = error.__cause__ or error
             while cause.__cause__ is not None:

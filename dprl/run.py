@@ -1,20 +1,24 @@
 """A run's folder, from its first line to its last: made once, refused if it exists, resumed on request."""
 
-import random
+import contextlib
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dprl import checkpoint
+from dprl import checkpoint, rng, trust
 from dprl.errors import UserError, found
-from dprl.files import read_json, replacing, write_json
+from dprl.files import FULL, read_mapping, replacing
 from dprl.versions import versions
 
-UNSAVED = ("resume", "debug")  # keys that say how to run, not what
+LARGEST = 2**32  # that a count or a seed may not reach
+# keys that say how to run, not what; when to give up may change on resuming
+UNSAVED = ("resume", "trust", "debug", "guards", "profile")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -37,22 +41,24 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that nothing has been written of yet: its folder, the config to go by, the step to resume at or None."""
+    """A run that nothing has been written of yet: its folder, the config to go by, whether it was begun before."""
 
     folder: Path
     cfg: DictConfig
-    step: int | None
     started: bool
 
-    def begin(self) -> None:
-        """Makes the folder, with the config in it, unless the run has one."""
+    def begin(self, fill: Callable[[Path], None] = lambda folder: None) -> None:
+        """Makes the folder, with the config and what ``fill`` writes in it, unless the run has one."""
         if self.started:
             return
         try:
             with replacing(self.folder) as folder:
                 folder.mkdir()
-                write_json(folder / "config.json", plain(self.cfg))
+                (folder / "config.json").write_text(json.dumps(plain(self.cfg), indent=2) + "\n")  # its infinities stay
+                fill(folder)
         except OSError as error:
+            if error.errno in FULL:
+                raise
             raise found(f"{self.folder} cannot be made", "a new folder", error, "out=runs/<another name>") from None
 
 
@@ -64,7 +70,7 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
     """
     if cfg.resume not in (None, "auto"):
         folder = Path(cfg.resume)
-        others = [o for o in overrides if o.split("=")[0].lstrip("+~") not in UNSAVED]
+        others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] not in UNSAVED]
         if others:
             raise found(
                 "resume= goes on with the run's own settings",
@@ -74,7 +80,8 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             )
         if not (folder / "config.json").is_file():
             raise found("nothing to resume", "a run's folder", f"no config.json in {folder}", "resume=runs/<run>")
-        saved = read_json(folder / "config.json")
+        saved = read_mapping(folder / "config.json")
+        trust.check(saved, folder / "config.json")
         if set(saved) != set(plain(cfg)):
             other = sorted(set(saved) ^ set(plain(cfg)))
             raise found(
@@ -83,9 +90,11 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
                 f"other settings: {other}",
                 "resume it with that one",
             )
-        return Planned(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), _last(folder), started=True)
+        return Planned(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), started=True)
     folder = Path(cfg.out)
     if folder.exists():
+        if not folder.is_dir():
+            raise found(f"{folder} is a file", "a new folder for a new run", "a file", "out=runs/<another name>")
         if cfg.resume is None:
             raise found(
                 f"{folder} exists",
@@ -95,33 +104,80 @@ def plan(cfg: DictConfig, overrides: list[str]) -> Planned:
             )
         if not (folder / "config.json").is_file():
             raise found(f"{folder} is no run", "a run's folder", "no config.json in it", "out=runs/<another name>")
-        _compare(folder, read_json(folder / "config.json"), plain(cfg))
-        return Planned(folder, cfg, _last(folder), started=True)
-    return Planned(folder, cfg, None, started=False)
+        _compare(folder, read_mapping(folder / "config.json"), plain(cfg))
+        return Planned(folder, cfg, started=True)
+    check_out(folder)
+    return Planned(folder, cfg, started=False)
+
+
+def borrowed(cfg: DictConfig) -> dict[str, Path]:
+    """Checkpoints that settings of the algorithm named ``<name>_from`` name, by the folder in which the run keeps a copy."""
+    out = {}
+    for name, value in _named(cfg).items():
+        with contextlib.suppress(UserError):  # of an algorithm that means something else by it
+            out[name] = checkpoint.resolve(value)
+    return out
+
+
+def with_copies(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The config with the run's own copies, where it has them, in place of the checkpoints that it was begun from."""
+    own = cfg.copy()
+    if (folder / "base").exists():
+        own.policy_from = str(folder / "base")
+    copies = {value: str(folder / name) for name, value in _named(cfg).items() if (folder / name).exists()}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(part) for key, part in node.items()}
+        return copies.get(node, node) if isinstance(node, str) else node
+
+    if copies:
+        own.algo = walk(OmegaConf.to_container(cfg.algo, resolve=True))
+    return own
+
+
+def _named(cfg: DictConfig) -> dict[str, str]:
+    given = {str(key): value for key, value in cfg.algo.items() if isinstance(value, str)}
+    return {key.removesuffix("_from"): value for key, value in given.items() if key.endswith("_from")}
 
 
 def check_counts(cfg: DictConfig, **least: int) -> None:
     """Raises a ``UserError`` unless each key of ``cfg`` (``__`` for a dot) is a whole number of at least so much."""
-    for key, smallest in ({"seed": 0} | least).items():
+    threads = {} if cfg.threads is None else {"threads": 1}
+    for key, smallest in ({"seed": 0, "checkpoints": 1} | threads | least).items():
         name = key.replace("__", ".")
         value = OmegaConf.select(cfg, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise found(f"{name} is out of range", f"a whole number of at least {smallest}", value, f"{name}={max(smallest, 1)}")
+        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < LARGEST:
+            expected = f"a whole number of at least {smallest}, below 2**32"
+            raise found(f"{name} is out of range", expected, value, f"{name}={max(smallest, 1)}")
+
+
+def check_out(folder: Path) -> None:
+    """Raises a ``UserError`` if ``folder`` could not be made: told before the work, not behind it."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise found(f"{folder} cannot be made", "a new folder", f"{above} is a file", "out=runs/<name>")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise found(f"{folder} cannot be made", "a folder that may be written to", f"{above} may not be", "out=<a folder of yours>")
+
+
+def check_guards(cfg: DictConfig) -> None:
+    """Raises a ``UserError`` for a setting of ``guards`` out of range."""
+    check_counts(cfg, guards__dropped=1, guards__rollbacks=0, guards__workers__restarts=0)
+
+
+def limits(cfg: DictConfig) -> dict[str, Any]:
+    """``guards.limits`` as plain values, those that are null left out."""
+    plain: Any = OmegaConf.to_container(cfg.guards.limits, resolve=True)
+    return {key: limit for key, limit in plain.items() if limit is not None}
 
 
 def prepare(cfg: DictConfig) -> torch.device:
     """Seeds everything, sets torch's threads and picks the device."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    random.seed(cfg.seed)
-    np.random.seed(cfg.seed % 2**32)  # noqa: NPY002  dprl draws from torch alone; this is for the code of users
-    torch.manual_seed(cfg.seed)
+    rng.seed(cfg.seed)
     return pick_device(cfg.device)
-
-
-def _last(folder: Path) -> int | None:
-    taken = checkpoint.steps(folder)
-    return taken[-1] if taken else None
 
 
 def _compare(folder: Path, saved: dict, given: dict) -> None:
@@ -150,18 +206,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used: {str(error).splitlines()[0]}\n  fix:      device=auto") from None
+        raise found(f"device={name} cannot be used", "auto, cpu or cuda", str(error).splitlines()[0], "device=auto") from None
     return device
-
-
-def rng_state() -> dict[str, torch.Tensor]:
-    """Torch's generators, which are all that training draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Undoes what was drawn since ``rng_state``."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

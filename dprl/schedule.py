@@ -52,7 +52,7 @@ class Schedule(nn.Module):
         taken = steps if sample_steps is None else sample_steps
         if not 1 <= taken <= steps:
             raise ValueError(f"policy.schedule.sample_steps is {taken}; expected 1 to policy.schedule.steps = {steps}")
-        self.steps = steps
+        self.steps, self.predict = steps, predict
         alpha_bar = torch.cumprod(1 - betas(kind, steps), 0)
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         zero, one = torch.zeros_like(signal), torch.ones_like(signal)
@@ -77,6 +77,8 @@ class Schedule(nn.Module):
         tables |= dict(clean_x=a[levels], clean_pred=b[levels], mean_x=from_x, mean_clean=from_clean, std=std)  # by i: [S]
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
+        # one number each, for a step that is the same for all rows: on the CPU wherever the chunks are
+        self.by_step = {name: tables[name].float().unbind() for name in ("clean_x", "clean_pred", "mean_x", "mean_clean")}
         self.register_buffer("levels", levels, persistent=False)
 
     def __len__(self) -> int:
@@ -84,6 +86,8 @@ class Schedule(nn.Module):
         return len(self.levels)
 
     def _at(self, table: str, index: Tensor | int, like: Tensor) -> Tensor:
+        if isinstance(index, int) and table in self.by_step:
+            return self.by_step[table][index]
         value = getattr(self, table)[index]
         return value.reshape(*value.shape, *[1] * (like.dim() - value.dim()))
 
@@ -93,10 +97,14 @@ class Schedule(nn.Module):
 
     def target(self, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
         """What the denoiser is trained to say at levels ``k`` [N]."""
+        if self.predict == "clean":
+            return x0
         return self._at("target_clean", k, x0) * x0 + self._at("target_noise", k, x0) * eps
 
     def denoised(self, x: Tensor, pred: Tensor, i: Tensor | int) -> Tensor:
         """The clean chunk that ``pred`` implies before reverse step ``i``, an int or one a row [N]."""
+        if self.predict == "clean":
+            return pred
         return self._at("clean_x", i, x) * x + self._at("clean_pred", i, x) * pred
 
     def reverse(self, x: Tensor, x0: Tensor, i: Tensor | int) -> tuple[Tensor, Tensor]:

@@ -25,15 +25,32 @@ def construct(node: Any, what: str, **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{what} cannot be built: {cause}\n  where:    {error.args[0].splitlines()[-1]}") from error
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{what} cannot be built: {error}") from error
+        last = error.args[0].splitlines()[-1]
+        raise _unbuilt(what, cause, last.removeprefix("full_key: ") if last.startswith("full_key: ") else "") from error
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        raise _unbuilt(what, error, "") from error
 
 
-def environments(cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, reward: WeightedSum = TASK_ONLY, trace: bool = False) -> VecEnv:
-    """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``."""
+def _unbuilt(what: str, cause: object, where: str) -> UserError:
+    at = f" at {where}" if where and where not in str(cause) else ""
+    return found(
+        f"{what} cannot be built{at}",
+        "what it names, and the settings that takes",
+        cause,
+        f"correct it in the yaml, or as {what}.<key>=...",
+    )
+
+
+def environments(
+    cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, seeded: bool = True, reward: WeightedSum = TASK_ONLY, trace: bool = False
+) -> VecEnv:
+    """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``; ``seeded``: every episode by a seed of its
+    own, as evaluation wants them, which EnvPool cannot."""
     sizes = dict(num_envs=num_envs, obs_steps=policy.obs_steps, act_steps=policy.act_steps)
-    return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace)
+    watched = OmegaConf.select(cfg, "guards.workers")  # a run's saved config has no guards
+    workers = None if watched is None else OmegaConf.to_container(watched)
+    pooled = {"backend": "sync"} if seeded and cfg.task.env.get("backend") == "envpool" else {}
+    return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace, workers=workers, **pooled)
 
 
 def reward(cfg: DictConfig) -> WeightedSum:
@@ -62,7 +79,6 @@ def logger(cfg: DictConfig) -> Callable[..., Logger]:
     try:
         made.func.require()
     except ImportError as error:
-        raise UserError(
-            f"logger={made.func.__name__} wants a package that is not installed: {error}\n  fix:      pip install it, or logger=none"
-        ) from None
+        what = f"logger={made.func.__name__.lower()} wants a package"
+        raise found(what, "one that is installed", error, f"pip install {error.name}, or logger=none") from None
     return made

@@ -2,20 +2,30 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+Work = Callable[[], Any]
 
-def median_seconds(work: Callable[[], Any], *, repeats: int, least: float) -> float:
+
+def median_seconds(work: Work, *, repeats: int, least: float) -> float:
     """The median of ``repeats`` timings of a call, each of at least ``least`` seconds of calls, after two to warm up."""
-    work()
+    return interleaved_seconds([work], repeats=repeats, least=least)[0]
+
+
+def interleaved_seconds(works: Sequence[Work], *, repeats: int, least: float) -> list[float]:
+    """``median_seconds`` of each of ``works``, timed in turn, so that what slows the machine for a while slows them all."""
+    calls = []
+    for work in works:
+        work()
+        calls.append(max(1, round(least / seconds(work, 1))))
+    taken = [[seconds(work, count) for work, count in zip(works, calls, strict=True)] for _ in range(repeats)]
+    return [statistics.median(each) for each in zip(*taken, strict=True)]
+
+
+def seconds(work: Work, calls: int) -> float:
+    """The mean of so many calls."""
     start = time.perf_counter()
-    work()
-    calls = max(1, round(least / (time.perf_counter() - start)))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        seconds.append((time.perf_counter() - start) / calls)
-    return statistics.median(seconds)
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - start) / calls

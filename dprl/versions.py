@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("dprl", "torch", "gymnasium", "mujoco", "torchrl", "tensordict", "numpy", "hydra-core")
 
 
-def versions() -> dict[str, str]:
-    """Package and Python versions; a package that is not installed is left out."""
+def versions(*others: str) -> dict[str, str]:
+    """Package and Python versions, of ``others`` too; a package that is not installed is left out."""
     out = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *others):
         try:
             out[name] = version(name)
         except PackageNotFoundError:

@@ -75,11 +75,18 @@ def train(cfg, overrides: list[str]) -> None:
     if cfg.task.env.backend != "sync":
         raise found("baseline_sb3 steps its environments itself", "task.env.backend=sync", cfg.task.env.backend, "task.env.backend=sync")
     planned = run.plan(cfg, overrides)
-    run.check_counts(cfg, env_steps=1, num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
+    counts = dict(env_steps=1, num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
+    run.check_counts(cfg, **counts, evaluation__seed=0)
     device = run.prepare(cfg)
     sizes = dict(obs_steps=1, act_steps=1)
     envs = setup.construct(cfg.task.env, "task.env", num_envs=cfg.evaluation.num_envs, **sizes, reward=setup.reward(cfg))
     trained = setup.construct(cfg.task.env, "task.env", num_envs=cfg.num_envs, **sizes, reward=setup.reward(cfg))
+    if not isinstance(envs.obs_shape, list):
+        what = "baseline_sb3's policies read vectors"
+        raise found(what, "an observation [size]", envs.obs_shape, f"a task that observes one: task.env.observe, not task={cfg.task.name}")
+    if not all(np.isfinite(side).all() for side in envs.bounds):
+        fix = "an environment with bounded actions, such as by gymnasium.wrappers.RescaleAction"
+        raise found("baseline_sb3 scales actions to their bounds", "bounds", [side.tolist() for side in envs.bounds], fix)
     wrapped = DummyVecEnv([lambda env=env: Flat(env) for env in trained.envs.envs])
     model = setup.construct(cfg.baseline, "baseline", env=wrapped, seed=cfg.seed, device=device)
     actor = Deterministic(model, *envs.bounds)

@@ -1,156 +1,111 @@
-"""Times what users wait for, and writes benchmarks/latest.json.
+"""Times what users wait for, side by side with the textbook version of the same work, and writes benchmarks/latest.json.
 
 python scripts/benchmark.py                     # every row; nothing else should run on the machine
-python scripts/benchmark.py --only ranking      # rows whose name contains it
+python scripts/benchmark.py --only ranking      # rows whose name contains it; writes nothing unless --out tells where
 python scripts/benchmark.py --threads 1
+python scripts/results.py                       # brings the tables and the figure of docs/ up to date
 """
 
 import argparse
-import platform
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+from bench_memory import peak_megabytes
+from bench_rows import PRECISIONS, ROOT, Row, rows
 
-from algos.idql import IDQL, RankedActor
-from dprl.critic import Critic
-from dprl.data.episodes import Episodes
-from dprl.diffusion import DiffusionPolicy
-from dprl.files import write_json
-from dprl.guidance import GuidedActor
-from dprl.networks.critic import ChunkValue, PlainValue
-from dprl.networks.mlp import MLPDenoiser
-from dprl.report import markdown
-from dprl.schedule import Schedule
-from dprl.timing import median_seconds
-from dprl.versions import versions
-
-ROOT = Path(__file__).parent.parent
-OBS, ACT, CHUNK = 11, 3, 4  # Hopper's sizes
-HEAD = dict(width=256, layers=2, activation="SiLU", layer_norm=True)
+SIDES = {"dprl": "bench_dprl", "textbook": "bench_textbook"}
 
 
-class Row(NamedTuple):
-    """``work`` does ``count`` units; ``against`` names the row that this one is compared with."""
-
-    name: str
-    unit: str
-    work: Callable[[], Any]
-    count: int = 1
-    against: str | None = None
+def build(row: Row, side: str, stack: ExitStack) -> Callable[[], Any]:
+    """The work of a row; what it opened is closed with ``stack``. Only this side is imported: memory is measured of it alone."""
+    return getattr(importlib.import_module(SIDES[side]), row.work)(stack, **row.settings)
 
 
-def policy(*, width: int, sample_steps: int | None) -> DiffusionPolicy:
-    """The published locomotion policy for ``width`` 512 and all of its 20 steps."""
-    torch.manual_seed(0)
-    made = DiffusionPolicy(
-        denoiser=partial(MLPDenoiser, width=width, layers=3, activation="ReLU", time_size=16),
-        schedule=partial(Schedule, kind="cosine", steps=20, sample_steps=sample_steps, eta=1.0),
-        predict="clean",
-        clip=1.0,
-        condition=None,
-        obs_shape=[OBS],
-        act_dim=ACT,
-        horizon=CHUNK,
-        act_steps=CHUNK,
-        obs_steps=1,
-        obs_limit=5.0,
-    )
-    return made.eval()
+def timed(row: Row, options: argparse.Namespace) -> dict[str, float | None]:
+    """Both sides in turn."""
+    from dprl.timing import interleaved_seconds
+
+    with ExitStack() as stack:
+        works = [build(row, side, stack) for side in SIDES]
+        taken = interleaved_seconds(works, repeats=min(row.repeats, options.repeats), least=options.least)
+    scale = {"ms": 1000.0, "s": 1.0}.get(row.unit)
+    values = [scale * seconds if scale else row.count / seconds for seconds in taken]
+    return dict(zip(SIDES, values, strict=True))
 
 
-def ranked(base: DiffusionPolicy, candidates: int) -> RankedActor:
-    critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2, gamma=0.99)
-    how = dict(select="argmax", explore="softmax", temperature=0.1, expectile=0.8)
-    return RankedActor(policy=base, critic=critic, candidates=candidates, **how).eval()  # type: ignore[arg-type]
+def memory(row: Row, options: argparse.Namespace) -> dict[str, float | None]:
+    """Each side once, in a process of its own."""
+    given = [flag for flag, value in (("--tiny", options.tiny),) if value] + ["--threads", str(options.threads), "--only", row.name]
+    return {side: peak_megabytes([sys.executable, __file__, *given, "--side", side]) for side in SIDES}
 
 
-def guided(base: DiffusionPolicy) -> GuidedActor:
-    critic = partial(Critic, q=partial(ChunkValue, **HEAD), v=partial(PlainValue, **HEAD), members=2, gamma=0.99)
-    how = dict(scale=0.1, start=0, stop=None, limit=0.25, normalize="sample", jacobian="identity", at="clean", candidates=1, value=None)
-    return GuidedActor(policy=base, critic=critic, energy=PlainValue, **how).eval()  # type: ignore[arg-type]
+def command(row: Row, options: argparse.Namespace) -> dict[str, float | None]:
+    """A new process, from its start to its end."""
+    seconds = []
+    for _ in range(options.repeats + 1):  # the first warms the disk up
+        start = time.perf_counter()
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *row.settings["command"]], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - start)
+    return {"dprl": statistics.median(seconds[1:]), "textbook": None}
 
 
-def logged(steps: int, episode: int) -> Episodes:
-    """Noise in the layout of logged data."""
-    ends = torch.arange(episode, steps + 1, episode)
-    obs, act, rew = torch.randn(steps, OBS), torch.rand(steps, ACT) * 2 - 1, torch.rand(steps)
-    return Episodes(obs, act, rew, ends, torch.ones(len(ends), dtype=torch.bool), obs[ends - 1], "noise")
+def measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """A row of the file."""
+    from bench_table import better
+
+    value = {"timed": timed, "memory": memory, "command": command}[row.kind](row, options)
+    out = {"name": row.name, "unit": row.unit, **value}
+    return out | {"ratio": better(out, "textbook"), "reference": row.reference.get(options.threads), "against": row.against}
 
 
-def idql() -> Any:
-    settings = dict(gamma=0.99, expectile=0.8, backup="expectile", backup_candidates=8, offline_steps=10**9, online_steps=0, online_start=0)
-    settings |= dict(utd=1.0, chunks=1, batch=256, updates=100, critic_warmup=0, critic_lr=1e-3, critic_lr_final=1e-3, lr_warmup=0.0)
-    settings |= dict(polyak=0.005, scale_rewards=True, max_grad_norm=10.0, clone_lr=0.0, clone_polyak=0.0, capacity=1, memmap=None)
-    data = logged(100_000, 250)
-    return IDQL(
-        policy=policy(width=256, sample_steps=5),
-        actor=lambda policy: ranked(policy, 8),
-        episodes=lambda: data,
-        trained=None,
-        critic_from=None,
-        **settings,  # type: ignore[arg-type]
-    )
-
-
-def rows() -> list[Row]:
-    """What is timed."""
-    one, forty = torch.randn(1, 1, OBS), torch.randn(40, 1, OBS)
-    out = []
-    for name, base in (
-        ("512 wide, 20 steps", policy(width=512, sample_steps=None)),
-        ("256 wide, 5 steps", policy(width=256, sample_steps=5)),
-    ):
-        plain, best, pushed = base, ranked(base, 64), guided(base)
-        out += [
-            Row(f"sampling 1 chunk for 1 observation ({name})", "ms", partial(plain, one)),
-            Row(f"ranking 64 for 1 observation ({name})", "ms", partial(best, one), against=f"sampling 1 chunk for 1 observation ({name})"),
-            Row(f"sampling 1 chunk for 40 observations ({name})", "ms", partial(plain, forty)),
-            Row(
-                f"ranking 64 for 40 observations ({name})",
-                "ms",
-                partial(best, forty),
-                against=f"sampling 1 chunk for 40 observations ({name})",
-            ),
-            Row(
-                f"guided chunk for 1 observation ({name})",
-                "ms",
-                partial(pushed, one),
-                against=f"sampling 1 chunk for 1 observation ({name})",
-            ),
-            Row(
-                f"guided chunk for 40 observations ({name})",
-                "ms",
-                partial(pushed, forty),
-                against=f"sampling 1 chunk for 40 observations ({name})",
-            ),
-        ]
-    return [*out, Row("IDQL critic update, batch 256", "updates/s", partial(idql().learner.update, 100), count=100)]
+def machine(threads: int) -> dict[str, Any]:
+    """What it ran on."""
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"processor": models[0], "cores": os.cpu_count(), "threads": threads, "memory": f"{memory:.0f} GiB"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on both sides")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the rows that have a choice")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each row; the median counts")
     parser.add_argument("--least", type=float, default=0.3, help="seconds of a timing")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "latest.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    taken: dict[str, dict[str, Any]] = {}
-    for row in rows():
-        if arguments.only not in row.name:
-            continue
-        seconds = median_seconds(row.work, repeats=arguments.repeats, least=arguments.least)
-        value = 1000 * seconds if row.unit == "ms" else row.count / seconds
-        ratio = value / taken[row.against]["dprl"] if row.against in taken else None
-        taken[row.name] = {"name": row.name, "unit": row.unit, "dprl": value, "against": row.against, "ratio": ratio}
-    machine = {"processor": platform.machine(), "threads": arguments.threads, "torch": torch.__config__.show().splitlines()[0]}
-    write_json(arguments.out, {"machine": machine, "versions": versions(), "rows": list(taken.values())})
-    lines = [[r["name"], f"{r['dprl']:.3g} {r['unit']}", f"{r['ratio']:.2f}" if r["ratio"] else ""] for r in taken.values()]
-    print(f"{markdown(lines, ['work', 'dprl', 'times the plain row'])}\n{arguments.out}")
+    parser.add_argument("--tiny", action="store_true", help="sizes that tell nothing, to try the benchmark itself")
+    parser.add_argument("--side", choices=SIDES, help="run one side of the one row once, and measure nothing")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/latest.json if every row is measured")
+    options = parser.parse_args()
+    chosen = [row for row in rows(precisions=options.precision, tiny=options.tiny) if options.only in row.name]
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}  # before torch is imported
+    if options.side:
+        with ExitStack() as stack:
+            build(chosen[0], options.side, stack)()
+        return
+    from bench_table import performance, told
+
+    from dprl.files import write_json
+    from dprl.versions import versions
+
+    taken = []
+    for row in chosen:
+        taken.append(measured(row, options))
+        print(told(taken[-1]), file=sys.stderr, flush=True)
+    result = {"machine": machine(options.threads), "versions": versions("diffusers"), "rows": taken}
+    every = not (options.only or options.tiny or set(options.precision) < set(PRECISIONS))
+    out = options.out or (ROOT / "benchmarks" / "latest.json" if every else None)
+    if out:
+        write_json(out, result)
+    print(f"{performance(result)}\n{out or 'written nowhere: not every row was measured'}")
 
 
 if __name__ == "__main__":

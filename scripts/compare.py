@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dprl import log, report
 from dprl.errors import UserError, found
-from dprl.files import read_json, replacing
+from dprl.files import read_mapping, replacing
 
 KEYS = ("validation/success", "validation/return", "evaluation/success", "evaluation/return")  # plotted: the first there is
 
@@ -18,7 +18,7 @@ def read(run: Path) -> tuple[dict, list[dict]]:
     """A run's result and its lines of metrics."""
     if not (run / "result.json").is_file():
         raise found(f"{run} has no result", "the folder of a run that ended", "no result.json", f"resume={run} to end it, or leave it out")
-    return read_json(run / "result.json"), log.read(run)
+    return read_mapping(run / "result.json", "task", "algo", "seed", "env_steps", "train_seconds"), log.read(run)
 
 
 def compare(runs: list[Path], out: Path, key: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from results/*.json.
+"""Writes the tables of README.md and docs/ from results/*.json, and what benchmarks/latest.json tells.
 
 python scripts/results.py            # rewrites what stands between the markers
 python scripts/results.py --check    # status 1 if a table is out of date
@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import bench_table
 
 from dprl.files import read_json, replacing
 from dprl.report import interval, markdown, measure
@@ -32,12 +34,13 @@ NAMES = {
 }
 DATA = {"medium_replay": "medium-replay", "medium": "medium"}  # endings that name the data a run learned from
 ORDER = list(NAMES)
+FIGURE = Path("docs/figures/performance.svg")
 
 
 def load() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Results by (task, algorithm), each by ascending seed."""
     groups = defaultdict(list)
-    for path in sorted((ROOT / "results").glob("*.json")):
+    for path in sorted((ROOT / "results").glob("*-*.json")):
         result = read_json(path)
         if path.stem != f"{result['task']}-{result['algo']}-{result['seed']}":
             raise SystemExit(f"{path} holds {result['task']}-{result['algo']}-{result['seed']}")
@@ -163,17 +166,6 @@ def grid_table(pattern: str, down: str, across: str) -> str:
     return markdown(lines, [down, *(f"{across} {column:g}" for column in columns)])
 
 
-def cost_table(word: str) -> str:
-    """Benchmark rows of that name beside the plain rows they are compared with."""
-    rows = {row["name"]: row for row in read_json(ROOT / "benchmarks" / "latest.json")["rows"]}
-    lines = [
-        [row["name"], f"{row['dprl']:.3g} {row['unit']}", f"{rows[row['against']]['dprl']:.3g}", f"{row['ratio']:.2f}"]
-        for row in rows.values()
-        if word in row["name"] and row["against"]
-    ]
-    return markdown(lines, ["work", "takes", "plain sampling", "ratio"])
-
-
 def main_table(groups: dict, algos: Iterable[str]) -> str:
     """A row a run: BC, tuned, and the budget."""
     rows = []
@@ -241,25 +233,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
     check = parser.parse_args().check
-    groups = load()
+    groups, speed = load(), read_json(ROOT / "benchmarks" / "latest.json")
+    picture = f"![How many times better than the textbook and than the reference]({FIGURE.relative_to('docs')})\n"
+    picture = picture if bench_table.compared(speed) else ""
     tables = {
         "README.md": {"results": main_table(groups, ("mse", "dppo"))},
         "docs/cloning.md": {"results": cloning_table(groups), "looking": swept_table("halfcheetah-bc_medium-0")},
         "docs/idql.md": {
             "results": offline_table(groups),
             "candidates": sweep_table(),
-            "cost": cost_table("ranking"),
+            "cost": bench_table.cost(speed, "ranking"),
             "online": main_table(groups, ("idql", "sac", "ppo")),
         },
         "docs/guided.md": {
             "results": guided_table(groups),
             "function": main_table(groups, ("guided_clear",)),
-            "cost": cost_table("guided"),
+            "cost": bench_table.cost(speed, "guided"),
             "rollouts": main_table(groups, ("guided_rollouts",)),
             "asking": grid_table("hopper-bc_return-*.json", "condition.target", "condition.weight"),
             "lengths": grid_table("hopper-guided_medium_replay-*.json", "normalize", "scale"),
             "ways": ways_table(groups, "guided_clear"),
         },
+        "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)},
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},
     }
     for name, parts in tables.items():
@@ -271,6 +266,10 @@ def main() -> None:
         if new != old:
             with replacing(ROOT / name) as path:
                 path.write_text(new)
+    if picture and not bench_table.current(ROOT / FIGURE, speed):
+        if check:
+            raise SystemExit(f"{FIGURE} is out of date: python scripts/results.py")
+        bench_table.draw(ROOT / FIGURE, speed)
 
 
 if __name__ == "__main__":

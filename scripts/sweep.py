@@ -19,11 +19,12 @@ import torch
 from omegaconf import DictConfig
 
 from dprl import checkpoint, report, setup
+from dprl import trust as trusting
 from dprl.envs.collect import to_torch
 from dprl.envs.vector import VecEnv
-from dprl.errors import UserError, found
+from dprl.errors import UserError, check_numbers, found
 from dprl.evaluate import evaluate, final_seeds
-from dprl.files import read_json, write_json
+from dprl.files import read_json, read_mapping, write_json
 from dprl.policy import device_of
 from dprl.timing import median_seconds
 from dprl.versions import versions
@@ -48,15 +49,21 @@ def parse(arguments: list[str]) -> dict[str, list[Any]]:
     return out
 
 
-def sweep(run: Path, grid: dict[str, list[Any]], *, episodes: int | None, validation: bool, best: bool) -> list[dict[str, Any]]:
+def sweep(
+    run: Path, grid: dict[str, list[Any]], *, episodes: int | None, validation: bool, best: bool, trust: bool
+) -> list[dict[str, Any]]:
     """A row a combination: its settings and the summary of its episodes."""
     if not (run / "config.json").is_file():
         raise found(f"{run} is no run", "a run's folder", "no config.json in it", "name a run of finetune.py")
-    cfg = DictConfig(read_json(run / "config.json"))
+    config = read_mapping(run / "config.json", "task", "evaluation")
+    trusting.check(config, run / "config.json", trust=trust)
+    cfg = DictConfig(config)
     e = cfg.evaluation
+    check_numbers("--", least=1, episodes=episodes)
     count = episodes or (e.episodes if validation else e.final_episodes)
     seeds = range(e.seed, e.seed + count) if validation else final_seeds(e.seed, count)
-    path = checkpoint.resolve(run) if best else checkpoint.at(run, checkpoint.steps(run)[-1])
+    chosen = checkpoint.resolve(run)
+    path = chosen if best else checkpoint.at(run, checkpoint.steps(run)[-1])
     out = run / "sweep.json"
     rows = read_json(out)["rows"] if out.is_file() else []
     wanted = []
@@ -67,7 +74,7 @@ def sweep(run: Path, grid: dict[str, list[Any]], *, episodes: int | None, valida
         wanted.append(asked)
         if any(asked.items() <= row.items() for row in rows):
             continue
-        actor = checkpoint.load(path, changes=settings).actor
+        actor = checkpoint.load(path, changes=settings, trust=trust).actor
         if envs is None or envs.act_steps != actor.act_steps:  # another length of chunks wants other environments
             envs = setup.environments(cfg, actor, num_envs=min(cfg.evaluation.num_envs, count))
         evaluation = evaluate(actor, envs, seeds)
@@ -94,12 +101,14 @@ def main() -> None:
     parser.add_argument("--validation", action="store_true", help="on the validation seeds instead of the held-out ones")
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the last")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--trust", action="store_true", help="build whatever the run's files name, your own classes too")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
         grid = parse(arguments.grid)
-        rows = sweep(arguments.run, grid, episodes=arguments.episodes, validation=arguments.validation, best=arguments.best)
+        how = dict(episodes=arguments.episodes, validation=arguments.validation, best=arguments.best, trust=arguments.trust)
+        rows = sweep(arguments.run, grid, **how)
         report.save(report.sweep(rows, next(iter(grid))), arguments.run / "sweep.png")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,11 +15,12 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dprl import checkpoint, report, setup
+from dprl import trust as trusting
 from dprl.data import d4rl
 from dprl.envs.avoid import FINISH, route
 from dprl.errors import UserError, found
 from dprl.evaluate import Evaluation, evaluate
-from dprl.files import read_json, write_json
+from dprl.files import read_mapping, write_json
 from dprl.versions import versions
 
 PATH = [2, 3]  # the effector's place in an observation
@@ -41,14 +42,16 @@ def demonstrations(path: Path) -> Evaluation:
     return Evaluation(list(range(len(traces))), solved.astype(float), lengths, solved, {"route": ways}, traces)
 
 
-def rollouts(run: Path, episodes: int) -> Evaluation:
+def rollouts(run: Path, episodes: int, trust: bool) -> Evaluation:
     """Episodes of a run's policy."""
     if not (run / "config.json").is_file():
         raise found(f"{run} is no run", "a run's folder", "no config.json in it", "name=runs/<run>")
-    cfg = DictConfig(read_json(run / "config.json"))
+    config = read_mapping(run / "config.json", "task")
+    trusting.check(config, run / "config.json", trust=trust)
+    cfg = DictConfig(config)
     if cfg.task.name != "avoid":
         raise found(f"{run} is a run of another task", "avoid", cfg.task.name, "a run of avoid")
-    actor = checkpoint.load(run).actor
+    actor = checkpoint.load(run, trust=trust).actor
     envs = setup.environments(cfg, actor, num_envs=50, trace=True)  # type: ignore[arg-type]
     result = evaluate(actor, envs, range(FIRST_SEED, FIRST_SEED + episodes))
     envs.close()
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="name=folder of runs of avoid")
     parser.add_argument("--out", type=Path, default=Path("runs/ways"), help="folder for the figure and the numbers")
     parser.add_argument("--episodes", type=int, default=EPISODES)
+    parser.add_argument("--trust", action="store_true", help="build whatever the runs' files name, your own classes too")
     arguments = parser.parse_args()
     try:
         shown = {"demonstrations": demonstrations(arguments.data)}
@@ -88,7 +92,7 @@ def main() -> None:
             name, equals, folder = run.partition("=")
             if not equals:
                 raise found("a run is written name=folder", "such as BC=runs/avoid-bc-0", run, "write it so")
-            shown[name] = rollouts(Path(folder), arguments.episodes)
+            shown[name] = rollouts(Path(folder), arguments.episodes, arguments.trust)
         numbers = draw(shown, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

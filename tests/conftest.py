@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import toys  # noqa: F401  registers its environments
+from programs import CLONE
 
 from dprl import rewards
 from dprl.diffusion import DiffusionPolicy
@@ -24,6 +26,7 @@ from dprl.regression import RegressionPolicy
 from dprl.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 DATA = Path(os.environ.get("DPRL_TEST_DATA", ROOT.parent / "shared" / "data"))  # published sets, where a machine has them
 
 
@@ -120,11 +123,11 @@ LEARNING: dict[str, Any] = dict(  # what every algorithm with a learned critic i
 def command(tmp_path):
     """Runs a program of the checkout in an empty folder: ``command("pretrain.py", "seed=1")``."""
 
-    def call(program: str, *arguments: str, status: int | None = 0, **options) -> subprocess.CompletedProcess:
+    def call(program: str, *arguments: str, status: int | None = 0, folder: Path = tmp_path, **options) -> subprocess.CompletedProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
         done = subprocess.run(
             [sys.executable, str(ROOT / program), *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             capture_output=True,
             text=True,
@@ -142,8 +145,8 @@ def command(tmp_path):
 def in_process(tmp_path, monkeypatch, capsys):
     """Runs a program as ``python <program>`` would, without the cost of a process: its status and what it printed."""
 
-    def call(program: str, *arguments: str) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
+    def call(program: str, *arguments: str, folder: Path = tmp_path) -> tuple[int, str]:
+        monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.setattr(sys, "path", list(sys.path))
         sys.modules.pop("bad", None)
@@ -156,3 +159,18 @@ def in_process(tmp_path, monkeypatch, capsys):
         return status, printed.out + printed.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def cloned_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cloned")
+    for program, *arguments in (["scripts/demonstrations.py", "episodes=6"], ["pretrain.py", *CLONE]):
+        subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=folder, env=ENV, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def cloned(tmp_path, cloned_once):
+    """A folder with demonstrations and a cloned policy in it."""
+    shutil.copytree(cloned_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path

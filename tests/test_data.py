@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
@@ -144,6 +144,60 @@ def test_d4rl_round_trip(tmp_path):
     for name in ("obs", "act", "rew", "ends", "terminated", "last_obs"):
         assert torch.equal(getattr(back, name), getattr(data, name)), name
     assert not list(tmp_path.glob("*.partial"))
+
+
+@st.composite
+def any_episodes(draw) -> Episodes:
+    """Whatever ``check`` takes: any lengths and sizes, any finite numbers, with rewards or not, with last observations or not."""
+    lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=5))
+    steps, count = sum(lengths), len(lengths)
+    sizes = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    number = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+    def array(*shape: int) -> torch.Tensor:
+        few = draw(st.lists(number, min_size=1, max_size=8))
+        return torch.tensor(few).repeat(int(np.prod(shape)))[: int(np.prod(shape))].reshape(shape)
+
+    return Episodes(
+        obs=array(steps, sizes[0]),
+        act=array(steps, sizes[1]),
+        rew=array(steps) if draw(st.booleans()) else None,
+        ends=torch.tensor(lengths).cumsum(0),
+        terminated=torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count))),
+        last_obs=array(count, sizes[0]) if draw(st.booleans()) else None,
+        source="test",
+    )
+
+
+def same(one: Episodes, other: Episodes, *names: str) -> None:
+    for name in names:
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None and b is None) or torch.equal(a, b), name
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=any_episodes())
+def test_any_episodes_come_back_from_hdf5(tmp_path, data):
+    d4rl.save(tmp_path / "a.hdf5", data)
+    same(d4rl.load(tmp_path / "a.hdf5"), data, "obs", "act", "rew", "ends", "terminated", "last_obs")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=any_episodes(), rows=st.integers(1, 9), codec=st.sampled_from(["zstd", "blosc", "gzip", "none"]))
+def test_any_episodes_come_back_from_zarr(tmp_path, data, rows, codec):
+    library, numcodecs = pytest.importorskip("zarr"), pytest.importorskip("numcodecs")
+    from dprl.data import zarr
+
+    group = library.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    arrays = {"data/state": data.obs, "data/action": data.act, "meta/episode_ends": data.ends}
+    how = {"compressors": None if codec == "none" else numcodecs.get_codec({"id": codec})}
+    for name, value in (arrays | ({} if data.rew is None else {"data/reward": data.rew})).items():
+        made = group.create_array(
+            name, shape=value.shape, dtype=value.numpy().dtype, chunks=(rows, *value.shape[1:]), config={"write_empty_chunks": True}, **how
+        )
+        made[...] = value.numpy()
+    back = zarr.load(tmp_path / "a.zarr", observe="state", hint="", limit_gib=1.0)
+    same(back, data, "obs", "act", "rew", "ends")
 
 
 def write(path, steps=6, **arrays):

@@ -1,12 +1,14 @@
 """DPPO against closed forms, and that it learns."""
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import diffusion, vec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensordict import TensorDict
 from test_diffusion import train
 
@@ -229,6 +231,62 @@ def test_gae_over_chunks_with_a_truncation_and_a_termination_in_mid_chunk():
     adv = [delta[0] + gamma**4 * lam * delta[1], delta[1], delta[2], delta[3]]  # no trace across an episode's end
     torch.testing.assert_close(batch["adv"], torch.tensor(adv))
     torch.testing.assert_close(batch["target"], torch.tensor(adv) + torch.tensor(obs))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    t=st.integers(1, 6),
+    n=st.integers(1, 4),
+    act_steps=st.integers(1, 5),
+    gamma=st.floats(0, 1),
+    lam=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_gae_is_that_of_a_plain_loop(t, n, act_steps, gamma, lam, seed):
+    """Whatever ends where: chunks cut short, terminated, truncated, both at once, and at the rollout's end."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(4, (t, n), p=[0.5, 0.2, 0.2, 0.1])  # goes on, terminated, truncated, both
+    terminated, truncated = np.isin(kind, (1, 3)), np.isin(kind, (2, 3))
+    length = np.where(kind == 0, act_steps, rng.integers(1, act_steps + 1, (t, n)))
+    rew = rng.normal(size=(t, n, act_steps)) * (np.arange(act_steps) < length[..., None])
+    obs = rng.normal(size=(t, n))
+    after = np.concatenate([obs[1:], rng.normal(size=(1, n))])
+    after = np.where(kind == 0, after, rng.normal(size=(t, n)))  # an episode's end is not where the next begins
+    expected = np.zeros((t, n))
+    for env in range(n):
+        trace = 0.0
+        for i in range(t - 1, -1, -1):
+            reward = sum(gamma**k * rew[i, env, k] for k in range(length[i, env]))
+            discount = gamma ** length[i, env]
+            delta = reward + discount * (not terminated[i, env]) * after[i, env] - obs[i, env]
+            trace = delta + discount * lam * (kind[i, env] == 0) * trace
+            expected[i, env] = trace
+    algo = gae_only()
+    algo.gamma, algo.gae_lambda = gamma, lam
+    to = lambda x: torch.from_numpy(np.asarray(x)).double()  # noqa: E731
+    rollout = Rollout(
+        obs=to(obs)[..., None, None],
+        act=torch.zeros(t, n, act_steps, 1),
+        rew=to(rew),
+        next_obs=to(after)[..., None, None],
+        length=torch.from_numpy(length),
+        terminated=torch.from_numpy(terminated),
+        truncated=torch.from_numpy(truncated),
+        success=torch.zeros(t, n, dtype=torch.bool),
+        extra=TensorDict(chain=torch.zeros(t, n, 5, 4, 1), logp=torch.zeros(t, n, 4), batch_size=[t, n]),
+        batch_size=[t, n],
+    )
+    batch, _ = algo.advantages(rollout)
+    np.testing.assert_allclose(batch["adv"].view(t, n), expected, atol=1e-4)
+    np.testing.assert_allclose(batch["target"].view(t, n), expected + obs, atol=1e-4)
+
+
+@cache
+def gae_only() -> DPPO:
+    """An algorithm whose V is what is observed."""
+    algo = dppo()
+    algo.value = lambda obs: obs[:, -1, 0]  # type: ignore[method-assign]
+    return algo
 
 
 def test_chunk_rewards_and_discounts():

@@ -9,9 +9,11 @@ import torch
 import toys
 from conftest import vec
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
 from torch import nn
 
-from dprl import rewards
+from dprl import rewards, rng
+from dprl.envs import probe
 from dprl.envs.collect import Collector, seeds
 from dprl.errors import UserError
 
@@ -94,6 +96,26 @@ def test_history_repeats_the_first_observation_and_never_crosses_a_reset():
     rollout = collect(Constant(), 4)
     assert rollout.obs[:, 0, :, 1].tolist() == [[0, 0, 0], [2, 3, 4], [0, 0, 0], [2, 3, 4]]
     assert rollout.next_obs[:, 0, :, 1].tolist() == [[2, 3, 4], [4, 5, 6], [2, 3, 4], [4, 5, 6]]
+
+
+def test_auto_takes_the_backend_that_is_measured_to_be_faster(monkeypatch, capsys):
+    rates = {"SyncVectorEnv": 100.0, "AsyncVectorEnv": 110.0}
+    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: {0, 1})
+    for name in rates:
+        monkeypatch.setattr(probe, name, lambda envs, name=name, **how: type(name, (), {})())
+    monkeypatch.setattr(probe, "rate", lambda envs: rates[type(envs).__name__])
+    monkeypatch.setattr(probe, "taken", {})
+    one = vec("dprl/Avoid-v0", num_envs=3, act_steps=8, backend="auto", info_keys=["route"])
+    assert isinstance(one.envs, SyncVectorEnv)
+    assert "auto: sync (100 chunks/s in this process, 110 in 2 others)" in capsys.readouterr().out
+    rates["AsyncVectorEnv"] = 130.0
+    assert probe.faster(lambda: None, 3, "another") == "async"  # type: ignore[arg-type, return-value]
+    assert probe.faster(lambda: None, 1, "a third") == "sync"  # type: ignore[arg-type, return-value]
+    assert list(probe.taken) == ["dprl/Avoid-v0 {} 8", "another"]
+
+
+def test_a_probe_steps_whole_episodes():
+    assert probe.rate(vec("dprl/Avoid-v0", num_envs=2, act_steps=8).envs) > 10  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -193,7 +215,7 @@ def test_info_keys_cannot_hide_what_the_chunk_says():
 
 BAD = {
     "no environments": (dict(num_envs=0), "num_envs of at least 1"),
-    "backend": (dict(backend="threads"), "sync or async"),
+    "backend": (dict(backend="threads"), "sync, async, envpool or auto"),
     "success key": (dict(success_key="sucess"), r"a key of info: \['act', 'success'\]"),
     "unknown id": (dict(id="Nothing-v0"), "task.env.id=Nothing-v0 cannot be made"),
     "unknown module": (dict(id="no_module:Counter-v0"), "cannot be made"),
@@ -214,3 +236,31 @@ def test_an_endless_environment_with_a_limit_given():
     envs = vec("Endless-v0", max_episode_steps=3, num_envs=1)
     envs.reset(seeds=[0])
     assert envs.step(np.ones((1, 4, 1))).truncated[0]
+
+
+@pytest.mark.parametrize("backend", ["sync", "async"])
+def test_episodes_come_about_again(backend):
+    actor = Constant(0.1, act_steps=3)
+    first, second = (collector(vec("Drawing-v0", num_envs=3, act_steps=3, backend=backend), 7, 1) for _ in range(2))
+    first(actor, 5)  # episodes of 4 steps: some have ended, some are under way
+    trace = first.trace()
+    np.random.seed(11)  # noqa: NPY002  whatever else was drawn
+    second(actor, 2)
+    assert second.retrace(trace)
+    assert second.env_steps == first.env_steps > 0
+    if backend == "sync":
+        state = rng.state()
+    one = first(actor, 4)
+    if backend == "sync":
+        rng.set_state(state)
+    two = second(actor, 4)
+    for key in ("obs", "rew", "length", "terminated"):
+        assert torch.equal(getattr(one, key), getattr(two, key)), key
+    first.envs.close()
+    second.envs.close()
+
+
+def test_episodes_that_do_not_come_about_again_are_told():
+    one = collector(vec("Counter-v0", num_envs=2), 7, 1)  # observes how often it was reset
+    one(Constant(), 2)
+    assert not one.retrace(one.trace())

@@ -7,7 +7,7 @@ from conftest import diffusion, vec
 from scipy.stats import binomtest
 from test_envs import Constant
 
-from dprl import report, rewards
+from dprl import report, rewards, rng
 from dprl.errors import UserError
 from dprl.evaluate import Evaluation, bootstrap, difference, evaluate, wilson
 
@@ -37,14 +37,15 @@ def test_every_seed_is_run_once_however_many_environments(num_envs):
 
 
 def test_it_disturbs_neither_the_generator_nor_the_mode():
-    policy = diffusion().train()
+    policy, envs = diffusion().train(), vec("Drawing-v0")
     torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first = evaluate(policy, vec("Aim-v0"), range(6))
+    state, others = torch.get_rng_state(), rng.state()
+    first = evaluate(policy, envs, range(6))
     assert torch.equal(torch.get_rng_state(), state)
+    assert [rng.state()[key] for key in ("numpy", "python")] == [others[key] for key in ("numpy", "python")]
     assert policy.training
     torch.manual_seed(99)
-    second = evaluate(policy, vec("Aim-v0"), range(6))
+    second = evaluate(policy, envs, range(6))
     np.testing.assert_array_equal(first.returns, second.returns)
 
 

@@ -46,6 +46,7 @@ def test_generic_code_names_no_algorithm():
 
 def test_importing_dprl_stays_light():
     heavy = ("ray", "wandb", "stable_baselines3", "minari", "matplotlib", "tensorboard", "zarr", "gym_pusht", "pygame", "cv2", "algos")
+    heavy += ("scipy.stats",)
     code = (
         "import sys, pkgutil, importlib, dprl\n"
         "for m in pkgutil.walk_packages(dprl.__path__, 'dprl.'): importlib.import_module(m.name)\n"
@@ -126,7 +127,7 @@ def test_every_yaml_composes_and_instantiates(path):
             with torch.device("meta"):  # hundreds of millions of numbers, else
                 assert setup.construct(cfg.policy, "policy").act_dim == 2
         elif group == "task":
-            check_call(cfg.task.env, num_envs=1, obs_steps=1, act_steps=1, reward=None)
+            check_call(cfg.task.env, num_envs=1, obs_steps=1, act_steps=1, reward=None, workers=None)
             check_call(cfg.task.expert, seed=0)
             check_call(cfg.task.plot, axis=None, evaluation=None)
             assert setup.modes(cfg) in (None, *cfg.task.env.info_keys)

@@ -186,7 +186,7 @@ def recorded(tmp_path, monkeypatch):
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")  # it wants authors and descriptions
-SETTINGS = dict(id=None, path=None, download=False, env_id="Counter-v0", keys=None)
+SETTINGS = dict(id=None, path=None, download=False, env_id="Counter-v0", keys=None, limit_gib=1.0)
 
 
 def test_minari_by_id_and_by_folder(recorded, tmp_path):
@@ -237,7 +237,7 @@ def test_minari_without_a_network_says_so(monkeypatch, tmp_path):
     def unreachable(*arguments, **options):
         raise ConnectionError("name or service not known")
 
-    monkeypatch.setattr(library, "load_dataset", unreachable)
+    monkeypatch.setattr(library, "download_dataset", unreachable)
     with pytest.raises(UserError, match=r"cannot be downloaded: ConnectionError[\s\S]*connect to the network[\s\S]*data.path="):
         minari.load(**SETTINGS | dict(id="mujoco/hopper/medium-v0", download=True))
 

@@ -47,6 +47,14 @@ class Aim(gym.Env):
         return self.goal, float(success), self.steps == 4, False, {"success": success}
 
 
+class Drawing(Aim):
+    """``Aim``, with rewards from numpy's own generator, as careless code has them."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, np.random.rand(), *rest  # noqa: NPY002
+
+
 class Named(gym.Env):
     """Observes a dictionary."""
 
@@ -91,5 +99,6 @@ def shown(goal: float) -> dict[str, np.ndarray]:
 gym.register("Counter-v0", "toys:Counter", max_episode_steps=10)
 gym.register("Endless-v0", Counter)
 gym.register("Aim-v0", Aim, max_episode_steps=10)
+gym.register("Drawing-v0", "toys:Drawing", max_episode_steps=10)
 gym.register("Named-v0", Named, max_episode_steps=10)
 gym.register("Camera-v0", Camera, max_episode_steps=10)

@@ -4,6 +4,8 @@ Letters: M steps, E episodes, R = M + E observations, N batch, To observed steps
 A action dim.
 """
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -12,7 +14,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import Rollout
-from dprl.errors import UserError
+from dprl.errors import found
 from dprl.returns import chunk_rewards, discounts, returns_to_go
 
 torchrl_logger.setLevel("WARNING")  # it announces every storage it makes
@@ -28,7 +30,7 @@ class ChunkData:
 
     def __init__(self, episodes: Episodes, *, obs_steps: int, act_steps: int, gamma: float, device: torch.device | str = "cpu"):
         if episodes.rew is None:
-            raise UserError(f"{episodes.source} has no rewards, and a critic learns from nothing else")
+            raise found(f"{episodes.source} has no rewards", "rewards: a critic learns from nothing else", "none", "data with rewards")
         obs, act, rew, lengths = [], [], [], []
         for e, (start, end) in enumerate(zip(episodes.starts.tolist(), episodes.ends.tolist(), strict=True)):
             whole = episodes.last_obs is not None or bool(episodes.terminated[e])
@@ -93,9 +95,19 @@ class ChunkData:
 
 
 def from_rollout(rollout: Rollout, gamma: float) -> TensorDict:
-    """Collected chunks as a batch of T N: obs [., To, O], act [., Ta, A], rew [.] discounted inside the chunk, discount
-    [.] of what comes after it, length [.], next_obs, terminated [.]."""
-    batch = TensorDict(
+    """Collected chunks as a batch of T N, but those that were dropped: obs [., To, O], act [., Ta, A], rew [.] discounted
+    inside the chunk, discount [.] of what comes after it, length [.], next_obs, terminated [.]."""
+    return _ran(_chunks(rollout, gamma).flatten())
+
+
+def _ran(rows: TensorDict) -> TensorDict:
+    ran = rows["length"] > 0
+    return rows if bool(ran.all()) else rows[ran]
+
+
+def _chunks(rollout: Rollout, gamma: float) -> TensorDict:
+    """As ``from_rollout``, all of them: [T, N]."""
+    return TensorDict(
         obs=rollout.obs,
         act=rollout.act,
         rew=chunk_rewards(rollout.rew, gamma),
@@ -105,7 +117,6 @@ def from_rollout(rollout: Rollout, gamma: float) -> TensorDict:
         terminated=rollout.terminated,
         batch_size=rollout.length.shape,
     )
-    return batch.flatten()
 
 
 class RolloutReturns:
@@ -117,7 +128,7 @@ class RolloutReturns:
     @classmethod
     def of(cls, rollout: Rollout, gamma: float) -> "RolloutReturns":
         """From ``rollout``, a row a chunk."""
-        chunks = from_rollout(rollout, gamma).view(rollout.length.shape)  # [T, N]
+        chunks: Any = _chunks(rollout, gamma)  # [T, N]
         ends = rollout.terminated | rollout.truncated
         after: TensorDict | None = None
         rows = []
@@ -131,7 +142,7 @@ class RolloutReturns:
                 row["discount"] = row["discount"] * torch.where(goes_on, after["discount"], 1.0)
             rows.append(row)
             after = row
-        return cls(torch.cat(rows))  # type: ignore[arg-type]
+        return cls(_ran(torch.cat(rows)))  # type: ignore[arg-type]
 
     def sample_returns(self, n: int) -> TensorDict:
         """``n`` rows drawn with replacement, as ``ChunkData.sample_returns``."""

@@ -3,11 +3,13 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
 
+from dprl.data import hdf5
 from dprl.data.download import fetch
 from dprl.data.episodes import Episodes, check
 from dprl.errors import UserError, found
@@ -15,23 +17,39 @@ from dprl.files import replacing
 
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 REQUIRED = ("observations", "actions")
+KINDS: dict[str, tuple[Any, int]] = {  # what is read, as what, and of how many dimensions
+    "observations": (np.float32, 2),
+    "actions": (np.float32, 2),
+    "rewards": (np.float32, 1),
+    "terminals": (bool, 1),
+    "timeouts": (bool, 1),
+    "next_observations": (np.float32, 2),
+}
 
 
 def load(
-    path: str | os.PathLike, hint: str = "data.path=<a D4RL-layout HDF5 file>", *, download: bool = False, url: str | None = None
+    path: str | os.PathLike,
+    hint: str = "data.path=<a D4RL-layout HDF5 file>",
+    *,
+    download: bool = False,
+    url: str | None = None,
+    limit_gib: float = 16.0,
 ) -> Episodes:
     """Reads one file. v0 files, without ``next_observations``, and files without rewards are welcome.
 
     A bare name, such as ``hopper_medium-v2``, is looked up in D4RL's own folder too; with ``download`` it is fetched to
     there, from ``url`` or from where D4RL keeps it. A file that stops in mid-episode ends in an episode that is cut
-    there, not terminated. ``hint`` is said when there is no file.
+    there, not terminated. ``hint`` is said when there is no file; ``limit_gib`` is the most memory that the data may take.
     """
     path = _find(Path(path).expanduser(), hint, download, url)
     try:
         with h5py.File(path) as file:
-            return check(_read(file, str(path)))
-    except OSError as error:
-        raise found(f"{path} cannot be read", "an HDF5 file in D4RL's layout", error, hint) from None
+            return check(_read(file, path, limit_gib))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever a broken file makes it
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise found(f"{path} cannot be read", "an HDF5 file in D4RL's layout", what, hint) from None
 
 
 def _find(path: Path, hint: str, download: bool, url: str | None) -> Path:
@@ -59,22 +77,16 @@ def published(name: str) -> str | None:
     return f"{SERVER}/gym_mujoco{'' if version == '0' else f'_v{version}'}/{name.replace('-v0', '')}"
 
 
-def _read(file: h5py.File, source: str) -> Episodes:
-    missing = [key for key in REQUIRED if not isinstance(file.get(key), h5py.Dataset)]
+def _read(file: h5py.File, path: Path, limit_gib: float) -> Episodes:
+    source = str(path)
+    missing = [key for key in REQUIRED if key not in file.keys()]  # noqa: SIM118  `in file` would follow a link
     if missing:
         raise found(f"{source} lacks '{missing[0]}'", "D4RL's keys: " + ", ".join(REQUIRED), sorted(file), "use another reader: data=...")
-    act = _array(file, "actions", source, np.float32, 2)
-    obs = _array(file, "observations", source, np.float32, 2)
+    held = {key: hdf5.dataset(file, key, source) for key in KINDS if key in file.keys()}  # noqa: SIM118
+    hdf5.check_size(held.values(), path, limit_gib)
+    arrays = {key: _array(data, f"{source}: '{key}'", *KINDS[key]) for key, data in held.items()}
+    obs, act = arrays["observations"], arrays["actions"]
     steps = len(act)
-    arrays = {"observations": obs}
-    for key, dtype, dims in (
-        ("rewards", np.float32, 1),
-        ("terminals", bool, 1),
-        ("timeouts", bool, 1),
-        ("next_observations", np.float32, 2),
-    ):
-        if key in file:
-            arrays[key] = _array(file, key, source, dtype, dims)
     for key, value in arrays.items():
         if len(value) != steps:
             raise found(f"{source}: '{key}' has another length", f"{steps} steps, as 'actions'", len(value), "repair the file")
@@ -98,16 +110,12 @@ def _read(file: h5py.File, source: str) -> Episodes:
     )
 
 
-def _array(file: h5py.File, key: str, source: str, dtype, dims: int) -> np.ndarray:
-    data = file[key]
-    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiub":
-        raise UserError(f"{source}: '{key}' is no array of numbers")
+def _array(data: h5py.Dataset, where: str, dtype: Any, dims: int) -> np.ndarray:
     if dims == 1 and data.ndim == 2 and data.shape[1] == 1:
         return data[:, 0].astype(dtype)
     if data.ndim != dims:
-        raise found(
-            f"{source}: '{key}' has the wrong shape", f"{dims} dimensions", data.shape, "repair the file, or use another reader: data=..."
-        )
+        fix = "repair the file, or use another reader: data=..."
+        raise found(f"{where} has the wrong shape", f"{dims} dimensions", data.shape, fix)
     return data[()].astype(dtype)
 
 

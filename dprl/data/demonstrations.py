@@ -11,7 +11,7 @@ from dprl.data import d4rl
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import seeds
 from dprl.envs.vector import VecEnv
-from dprl.errors import UserError, found
+from dprl.errors import found
 from dprl.rewards import TASK_ONLY
 
 PATIENCE = 20  # failed attempts in a row before the expert is given up
@@ -38,7 +38,9 @@ def demonstrate(expert, envs: VecEnv, episodes: int, seed: int) -> tuple[Episode
         if not success:
             failed, in_a_row = failed + 1, in_a_row + 1
             if in_a_row > PATIENCE:
-                raise UserError(f"the expert failed {in_a_row} times in a row: it does not solve this task")
+                raise found(
+                    "the expert does not solve this task", "a success", f"{in_a_row} failures in a row", "task.expert.noise=0, or another"
+                )
             continue
         in_a_row = 0
         data["obs"] += observed[:-1]

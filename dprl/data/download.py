@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dprl.errors import UserError, found
+from dprl.errors import found
 from dprl.files import read_json, write_json
 
 PIECE = 1 << 20  # bytes
@@ -25,13 +25,13 @@ def fetch(url: str, path: Path) -> Path:
         whole = have and have == begun["size"]  # cut off before it was moved to its place
         size = have if whole else _receive(url, partial, about, have, begun)
     except urllib.error.HTTPError as error:
-        raise UserError(f"{url} cannot be downloaded: the server says {error.code} {error.reason}\n  fix:      data.url=...") from None
+        what = f"the server says {error.code} {error.reason}"
+        raise found(f"{url} cannot be downloaded: {what}", "the file", "none", "data.url=..., or data.path=...") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise UserError(
-            f"{url} cannot be downloaded: {reason}\n  kept:     what has come, in {partial}\n"
-            f"  fix:      connect to the network and start again, or bring the file yourself: data.path=..."
-        ) from None
+        kept = f"what has come, kept in {partial}" if partial.is_file() else "nothing"
+        fix = "connect to the network and start again, or bring the file yourself: data.path=..."
+        raise found(f"{url} cannot be downloaded: {reason}", "the whole file", kept, fix) from None
     got = partial.stat().st_size
     if size is not None and got != size:
         raise found(f"{url} came incomplete", f"{size} bytes", f"{got}, in {partial}", "start again: it goes on from there if it can")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprl.errors import UserError, found
+from dprl.errors import found
 from dprl.normalize import Obs
 
 
@@ -54,7 +54,7 @@ class Episodes:
     def returns(self) -> Tensor:
         """Undiscounted return of each episode [E]."""
         if self.rew is None:
-            raise UserError(f"{self.source} has no rewards, and returns were asked for")
+            raise found(f"{self.source} has no rewards", "rewards, to sum to returns", "none", "data with rewards")
         total = torch.cat([self.rew.new_zeros(1, dtype=torch.float64), self.rew.double().cumsum(0)])
         return (total[self.ends] - total[self.starts]).float()
 
@@ -95,7 +95,8 @@ def check(episodes: Episodes) -> Episodes:
     if len(episodes) == 0 or len(episodes.act) == 0:
         raise found(f"{where} holds no data", "at least one episode of one step", "none", "write or name another file")
     if bool((episodes.lengths < 1).any()):
-        raise UserError(f"{where}: episode {int((episodes.lengths < 1).nonzero()[0])} has no steps")
+        episode = int((episodes.lengths < 1).nonzero()[0])
+        raise found(f"{where}: episode {episode} has no steps", "at least one", "none", "drop or repair that episode")
     observed = keyed(episodes.obs, "observations")
     for name, value in (observed | {"actions": episodes.act, "rewards": episodes.rew}).items():
         if value is None:

@@ -62,7 +62,7 @@ def relabel(episodes: Episodes, reward: WeightedSum) -> Episodes:
     except UserError as error:
         blind = isinstance(error.__cause__, TypeError | AttributeError) and "NoneType" in str(error.__cause__)
         if episodes.rew is not None and not blind:
-            raise UserError(f"{episodes.source} cannot be rewarded: {error}") from None
+            raise UserError(f"{episodes.source} cannot be rewarded: {error}") from None  # which has the house form
         lacks = "rewards" if episodes.rew is None else "`info`: what an environment says besides"
         raise found(
             f"{episodes.source} cannot be rewarded: {error}",

@@ -19,15 +19,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from dprl.data.codecs import COMPRESSORS, FILTERS, unpacks_to
 from dprl.data.episodes import Episodes, check
 from dprl.errors import UserError, found
 from dprl.normalize import Obs
 
 NUMBERS = re.compile(r"[<>|](f[248]|[iu][1248]|b1)")  # the dtypes that are read; an object array would be unpickled
-CODECS = ("blosc", "zstd", "zlib", "gzip", "bz2", "lzma", "lz4", "shuffle", "delta")  # bytes in, bytes out
 SOURCE = re.compile(r"([\w.-]+)(?:\[(-?\d*):(-?\d*)\])?")
 CHANNELS = (1, 3, 4)
 BLOCK = 2**26  # bytes read at a time
+LARGEST = 2**20  # bytes of a description
 Sources = str | list[str]
 
 
@@ -124,7 +125,7 @@ def _ends(array: "_Array", steps: int) -> np.ndarray:
     where = f"{array.store.source}: '{array.name}'"
     if len(array.shape) != 1 or array.dtype.kind not in "iu":
         raise found(f"{where} has the wrong type", "whole numbers [E]", f"{array.dtype} {list(array.shape)}", "repair the file")
-    ends = array.open()[:].astype(np.int64)
+    ends = np.concatenate([block for _, block in array.blocks()] or [np.zeros(0)]).astype(np.int64)
     if len(ends) == 0 or (np.diff(ends, prepend=0) <= 0).any() or ends[-1] != steps:
         raise found(
             f"{where} does not cut the data into episodes",
@@ -145,7 +146,11 @@ class _Store:
         if path.is_dir():
             held = [place.parent.parent for place in (*path.glob("meta/episode_ends"), *path.glob("*/meta/episode_ends"))]
             base = held[0] if len(held) == 1 else path
-            self.sizes = {p.relative_to(base).as_posix(): p.stat().st_size for p in base.rglob("*") if p.is_file()} if held else {}
+            files = [place for place in base.rglob("*") if place.is_file()] if held else []
+            for link in (place for place in files if place.is_symlink()):
+                if not link.resolve().is_relative_to(base.resolve()):
+                    raise found(f"{link} leads out of {path}", "files in the folder itself", link.resolve(), "copy what it leads to")
+            self.sizes = {place.relative_to(base).as_posix(): place.stat().st_size for place in files}
             self.read: Callable[[str], bytes] = lambda name: (base / name).read_bytes()
             self.zarr: Any = LocalStore(base, read_only=True)
         else:
@@ -179,39 +184,43 @@ class _Store:
         if name not in self.arrays:
             raise found(f"{self.source} lacks '{name}'", "an array of that name", self.arrays, "data.observe=[...], or other data")
         described = f"{self.root}{name}/.zarray"
-        if self.sizes[described] > 2**20:
-            raise UserError(f"{where} is described by a file of {self.sizes[described]} bytes")
+        for about in (described, f"{self.root}{name}/.zattrs"):
+            if self.sizes.get(about, 0) > LARGEST:
+                raise found(f"{where} is described by too large a file", f"{LARGEST} bytes", self.sizes[about], "bring the file again")
         try:
             about = json.loads(self.read(described))
             shape, chunks, dtype = [int(n) for n in about["shape"]], [int(n) for n in about["chunks"]], about["dtype"]
-            codecs = [codec["id"] for codec in (about["compressor"], *(about["filters"] or ())) if codec is not None]
+            codec = None if about["compressor"] is None else about["compressor"]["id"]
+            filters = [each["id"] for each in about["filters"] or ()]
             good = about["zarr_format"] == 2 and len(shape) == len(chunks) > 0 and min(shape) >= 0 and min(chunks) > 0
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where} has a description that cannot be read: {type(error).__name__}: {error}") from None
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise found(f"{where} has a description that cannot be read", "zarr v2's .zarray", what, "bring the file again") from None
         if not good:
-            raise UserError(f"{where} has a description that makes no sense: shape {shape}, chunks {chunks}")
+            what = f"shape {shape}, chunks {chunks}"
+            raise found(f"{where} has a description that makes no sense", "sizes, and chunks of at least 1", what, "bring the file again")
         if not isinstance(dtype, str) or not NUMBERS.fullmatch(dtype):
             raise found(f"{where} is no array of numbers", "floats or whole numbers", f"dtype {dtype}", "write it as numbers")
-        unknown = [codec for codec in codecs if codec not in CODECS]
+        unknown = [each for each in filters if each not in FILTERS] + ([] if codec in (None, *COMPRESSORS) else [codec])
         if unknown:
-            raise found(f"{where} is coded in a way that is not read", f"one of {', '.join(CODECS)}", unknown, "write the file anew")
-        array = _Array(self, name, tuple(shape), tuple(chunks), np.dtype(dtype))
-        self._complete(array, about.get("dimension_separator") or ".", raw=not codecs)
+            known = f"one of {', '.join(COMPRESSORS)}, after {' or '.join(FILTERS)}"
+            raise found(f"{where} is coded in a way that is not read", known, unknown, "write the file anew")
+        separator = about.get("dimension_separator") or "."
+        if separator not in (".", "/"):
+            raise found(f"{where} has a description that makes no sense", "'.' or '/' between numbers", separator, "bring the file again")
+        array = _Array(self, name, tuple(shape), tuple(chunks), np.dtype(dtype), codec, separator)
+        self._complete(array, raw=codec is None and not filters)
         return array
 
-    def _complete(self, array: "_Array", separator: str, raw: bool) -> None:
+    def _complete(self, array: "_Array", raw: bool) -> None:
         """Every chunk must be there, since one that lacks would read as zeros, and none larger than what it decodes to.
 
         A writer may leave out chunks of zeros on purpose; nothing in the file tells that from a loss.
         """
-        grid = [math.ceil(size / chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
-        folder, most = f"{self.root}{array.name}/", math.prod(array.chunks) * array.dtype.itemsize
-        count, where = math.prod(grid), f"{self.source}: '{array.name}'"
-        if count <= len(self.sizes):
-            names = (folder + separator.join(map(str, index)) for index in itertools.product(*map(range, grid)))
-            sizes = [self.sizes[name] for name in names if name in self.sizes]
-        else:
-            sizes = []
+        most, where = math.prod(array.chunks) * array.dtype.itemsize, f"{self.source}: '{array.name}'"
+        count = math.prod(array.grid)
+        names = array.files(0, array.shape[0]) if count <= len(self.sizes) else ()
+        sizes = [self.sizes[name] for name in names if name in self.sizes]
         if len(sizes) != count:
             fix = "bring the file again, or write it with write_empty_chunks"
             raise found(f"{where} is incomplete", f"{count} chunks for {list(array.shape)}", f"{len(sizes)} of them", fix)
@@ -228,6 +237,19 @@ class _Array:
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype
+    codec: str | None
+    separator: str
+
+    @property
+    def grid(self) -> list[int]:
+        """How many chunks there are along each dimension."""
+        return [-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)]
+
+    def files(self, first: int, stop: int) -> Iterator[str]:
+        """The files of the chunks that hold these steps."""
+        rows = range(first // self.chunks[0], -(-stop // self.chunks[0]))
+        for index in itertools.product(rows, *map(range, self.grid[1:])):
+            yield f"{self.store.root}{self.name}/{self.separator.join(map(str, index))}"
 
     @property
     def is_image(self) -> bool:
@@ -249,7 +271,19 @@ class _Array:
         rows = max(1, BLOCK // step // self.chunks[0]) * self.chunks[0]
         for first in range(0, self.shape[0], rows):
             span = slice(first, min(first + rows, self.shape[0]))
+            self._unpacked(span)
             yield span, array[span]
+
+    def _unpacked(self, span: slice) -> None:
+        """Raises a ``UserError`` if a chunk of these steps unpacks to more than a chunk."""
+        if self.codec is None:
+            return
+        most = math.prod(self.chunks) * self.dtype.itemsize
+        for name in self.files(span.start, span.stop):
+            size = unpacks_to(self.codec, self.store.read(name), most)
+            if size is None or size > most:
+                got = "more, or it does not say"
+                raise found(f"{self.store.source}: '{name}' does not fit its description", f"{most} bytes, unpacked", got, "bring it again")
 
     def vectors(self, columns: slice = slice(None)) -> Tensor:
         """[M, ...] -> float32 [M, S], of which these columns."""

@@ -3,7 +3,9 @@
 Letters: Ta steps of a chunk, To observed steps, O observation dim, A action dim, L steps that a chunk really ran.
 """
 
+import math
 import sys
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
+from dprl import rng
 from dprl.envs.observe import Observe, vectors
 from dprl.errors import UserError, found
-from dprl.rewards import Transition, WeightedSum
+from dprl.rewards import NotFinite, Transition, WeightedSum
 
 
 class Infos(Mapping):
@@ -43,12 +46,18 @@ class ChunkEnv(gym.Wrapper):
     environment does not say; and ``trace`` [Ta, O], the vectors observed, if asked for, NaN after the chunk stopped.
     Actions are cut to the environment's bounds. After ``reset(options={"rest": True})`` a step does nothing and has
     length 0.
+
+    A chunk with an observation or a reward that is not finite is dropped: it has length 0, is truncated, and its successor
+    is the observation before it; ``fault`` in ``info`` names what was wrong. So is the first chunk after a reset whose
+    observation is not finite (zeros stand for it). What the environment raises becomes a ``UserError`` that names
+    ``index``, its place in the vector, and the step.
     """
 
     def __init__(
         self,
         env: gym.Env,
         *,
+        index: int,
         obs_steps: int,
         act_steps: int,
         observe: Observe,
@@ -66,29 +75,48 @@ class ChunkEnv(gym.Wrapper):
         low, high = env.action_space.low, env.action_space.high
         self.low, self.high = low, high
         self.action_space = batch_space(spaces.Box(low, high, dtype=np.float32), act_steps)
-        self.act_steps, self.reward = act_steps, reward
+        self.index, self.act_steps, self.reward = index, act_steps, reward
         self.success_key, self.info_keys, self.metrics = success_key, info_keys, metrics
         self.traced = vectors(self.single_space) if trace else None
         self.history: deque = deque(maxlen=obs_steps)
         self.prev_act: np.ndarray | None = None
         self.done = True
+        self.alone = False  # in its process: then resets seed the generators that code of users may draw from
+        self.steps = 0  # of the episode, before the chunk
+        self.fault: str | None = None  # of the observation that the episode began with
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         if options is not None and options.get("rest"):
             self.done = True
             return self._stacked(), {}
-        obs, _ = self.env.reset(seed=seed, options=options)
-        self.history.extend([self.observe(obs)] * self.history.maxlen)  # type: ignore[operator]
-        self.prev_act, self.done = None, False
+        if self.alone and seed is not None:
+            rng.seed(seed)
+        try:
+            obs, _ = self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise self._raised(error, "in its reset") from error
+        first, self.fault = self.observe(obs), None
+        wrong = not_finite(self._stack([first]))
+        if wrong is not None:
+            self.fault = f"{wrong[0]} is {wrong[2]} after a reset"
+            first = next(iter(iterate(batch_space(self.single_space, 1), create_empty_array(self.single_space, 1))))
+        self.history.extend([first] * self.history.maxlen)  # type: ignore[operator]
+        self.prev_act, self.done, self.steps = None, False, 0
         return self._stacked(), {}
 
     def step(self, chunk: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self.done:
-            return self._stacked(), 0.0, False, False, self._info([], np.zeros((0, len(self.reward.names))), [], [])
+            return self._stacked(), 0.0, False, False, self._nothing()
+        if self.fault is not None:
+            return self._dropped(list(self.history), self.fault)
+        before = list(self.history)
         acts, observed, rews, infos = [], [self.history[-1]], [], []
         terminated = truncated = False
         for act in np.clip(chunk, self.low, self.high):
-            obs, rew, terminated, truncated, info = self.env.step(act)
+            try:
+                obs, rew, terminated, truncated, info = self.env.step(act)
+            except Exception as error:
+                raise self._raised(error, f"at step {self.steps + len(acts) + 1} of its episode") from error
             self.history.append(self.observe(obs))
             acts.append(act)
             observed.append(self.history[-1])
@@ -97,9 +125,33 @@ class ChunkEnv(gym.Wrapper):
             if terminated or truncated:
                 self.done = True
                 break
-        parts = self.reward.parts(self._transition(acts, observed, rews, bool(terminated), bool(truncated), infos))
+        transition = self._transition(acts, observed, rews, bool(terminated), bool(truncated), infos)
+        wrong = not_finite(transition.next_obs) or not_finite(transition.rew, "the task's reward")
+        if wrong is None:
+            try:
+                parts = self.reward.parts(transition)
+            except NotFinite as error:
+                wrong = f"reward term '{error.term}'", error.step, error.value
+        if wrong is not None:
+            name, step, value = wrong
+            return self._dropped(before, f"{name} is {value} at step {self.steps + step + 1} of its episode")
+        self.steps += len(acts)
         info = self._info(rews, parts, infos, observed[1:])
         return self._stacked(), float(parts.sum()), bool(terminated), bool(truncated), info
+
+    def _dropped(self, before: list, fault: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.history.extend(before)
+        self.done, self.fault = True, None
+        return self._stacked(), 0.0, False, True, self._nothing() | {"fault": fault}
+
+    def _raised(self, error: Exception, when: str) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        return UserError(f"environment {self.index} raised {type(error).__name__} {when}: {error}\n{trace}")
+
+    def _nothing(self) -> dict[str, Any]:
+        return self._info([], np.zeros((0, len(self.reward.names))), [], [])
 
     def _transition(self, acts: list, observed: list, rews: list, terminated: bool, truncated: bool, infos: list) -> Transition:
         act = np.asarray(acts)  # [L, A]
@@ -131,7 +183,7 @@ class ChunkEnv(gym.Wrapper):
         for key in self.info_keys:
             out[f"info/{key}"] = float(infos[-1].get(key, np.nan)) if infos else np.nan
         for key in self.metrics:
-            out[f"info/{key}"] = float(_said(infos[-1], key, "task.env.metrics", "[<key>]")) if infos else np.nan
+            out[f"info/{key}"] = float(said(infos[-1], key, "task.env.metrics", "[<key>]")) if infos else np.nan
         if self.traced is not None:
             size, take = self.traced
             out["trace"] = np.full((self.act_steps, size), np.nan, np.float32)
@@ -142,7 +194,7 @@ class ChunkEnv(gym.Wrapper):
     def _success(self, info: dict) -> bool:
         if self.success_key is None:
             return False
-        return bool(_said(info, self.success_key, "task.env.success_key", "<key> or null"))
+        return bool(said(info, self.success_key, "task.env.success_key", "<key> or null"))
 
     def _stack(self, items: list) -> Any:
         return concatenate(self.single_space, items, create_empty_array(self.single_space, len(items)))
@@ -151,7 +203,17 @@ class ChunkEnv(gym.Wrapper):
         return self._stack(list(self.history))
 
 
-def _said(info: dict, key: str, setting: str, form: str) -> Any:
+def not_finite(values: Any, name: str = "the observation") -> tuple[str, int, float] | None:
+    """The first of ``values`` [L, ...], an array or a dictionary of them, that is NaN or inf: of what, in which row, which."""
+    for key, part in values.items() if isinstance(values, dict) else [(None, values)]:
+        if part.dtype.kind != "f" or math.isfinite(np.add.reduce(part, None)):  # a fraction of the time of looking at each
+            continue
+        for where in np.argwhere(~np.isfinite(part)):  # none, if only the sum was too large
+            return name if key is None else f"{name} '{key}'", int(where[0]), float(part[tuple(where)])
+    return None
+
+
+def said(info: dict, key: str, setting: str, form: str) -> Any:
     """``info[key]``, or a ``UserError`` about the setting that names it."""
     if key not in info:
         raise found(f"{setting} names nothing", f"a key of info: {sorted(info)}", key, f"{setting}={form}")
@@ -175,10 +237,12 @@ def make_one(*, id: str, kwargs: dict[str, Any], max_episode_steps: int | None, 
         mujoco.set_mju_user_warning(_say_once)  # type: ignore[attr-defined]
     try:
         env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        raise UserError(
-            f"task.env.id={id} cannot be made: {error}\n  fix:      check the id, its package and task.env.kwargs={kwargs}"
-        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever an environment's constructor raises
+        fix = f"check the id, its package and task.env.kwargs={kwargs}; debug=true shows where"
+        what = f"{type(error).__name__}: {error}"
+        raise found(f"task.env.id={id} cannot be made", "an environment of gymnasium, or module:Id-v0", what, fix) from error
     if env.spec is None or env.spec.max_episode_steps is None:
         raise found(f"{id} has no time limit", "an episode that ends", "no max_episode_steps", "task.env.max_episode_steps=1000")
     return ChunkEnv(env, **chunk)

@@ -10,14 +10,24 @@ import torch
 from tensordict import TensorDict, tensorclass
 from torch import Tensor
 
+from dprl import rng
 from dprl.envs.vector import VecEnv, VecStep
+from dprl.errors import found
+from dprl.log import warn
 from dprl.normalize import Obs
 from dprl.policy import Actor
+from dprl.profile import Clock, NoClock
 
 
 @tensorclass
 class Rollout:  # type: ignore[misc]
-    """T chunks of N environments. Discounting is the algorithm's: inside a chunk by step, across by ``length``."""
+    """T chunks of N environments. Discounting is the algorithm's: inside a chunk by step, across by ``length``.
+
+    A chunk of length 0 was dropped (see ``VecStep``), and its row keeps the rollout rectangular. It has no reward, is
+    truncated, and leads to the state that it began in, so that r + gamma^length V(next_obs) - V(obs) is 0 and what ran
+    before it in its episode counts as cut off by time: in every recursion over T it changes nothing. Its action led
+    nowhere, though: an algorithm that learns from single rows leaves out those that are not ``ran``.
+    """
 
     obs: Obs  # [T, N, To, O]
     act: Tensor  # [T, N, Ta, A] in environment units
@@ -28,6 +38,11 @@ class Rollout:  # type: ignore[misc]
     truncated: Tensor  # [T, N]
     success: Tensor  # [T, N]
     extra: TensorDict  # [T, N, ...] what the actor wanted recorded
+
+    @property
+    def ran(self) -> Tensor:
+        """[T, N]"""
+        return self.length > 0
 
 
 class Collect(Protocol):
@@ -48,16 +63,26 @@ def to_torch(obs: Any, device: torch.device) -> Obs:
     return torch.from_numpy(obs).to(device)
 
 
+def _tensors(obs: Any) -> dict[str, Tensor]:
+    """Copies of an array, or of a dictionary of arrays."""
+    return {key: torch.tensor(value) for key, value in (obs if isinstance(obs, dict) else {"": obs}).items()}
+
+
 def seeds(count: int, *entropy: int) -> list[int]:
     """``count`` environment seeds as a function of ``entropy``, such as (seed, step)."""
     return [int(s) for s in np.random.SeedSequence(entropy).generate_state(count)]
 
 
 class Collector:
-    """Steps a ``VecEnv`` with an actor; resets an environment where its episode ends, and only there."""
+    """Steps a ``VecEnv`` with an actor; resets an environment where its episode ends, and only there.
 
-    def __init__(self, envs: VecEnv, *, device: torch.device):
-        self.envs, self.device = envs, device
+    An episode with a dropped chunk is no finished one, and the steps of that chunk do not count. After ``drops`` such
+    episodes in a row in one environment a ``UserError`` ends the run; None: never. ``clock`` hears what takes how long.
+    """
+
+    def __init__(self, envs: VecEnv, *, device: torch.device, drops: int | None = None, clock: Clock | NoClock | None = None):
+        self.envs, self.device, self.drops, self.clock = envs, device, drops, clock or NoClock()
+        self.dropped, self.in_a_row = 0, [0] * envs.num_envs  # episodes of all, and of each
         self.num_envs, self.act_steps = envs.num_envs, envs.act_steps
         self.env_steps = 0
         self._obs: Any = None
@@ -65,6 +90,8 @@ class Collector:
 
     def reset(self, *entropy: int) -> None:
         """Begins new episodes everywhere, seeded by ``entropy``; for the start and after each checkpoint."""
+        self._entropy, self._acts = entropy, []
+        rng.seed_others(seeds(1, *entropy)[0])
         self._obs = self.envs.reset(seeds=seeds(self.num_envs, *entropy))
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, int)
@@ -72,16 +99,39 @@ class Collector:
 
     @torch.no_grad()
     def __call__(self, actor: Actor, chunks: int) -> Rollout:
-        """``chunks`` chunks in every environment."""
+        """``chunks`` chunks in every environment; once more if every one of them was dropped."""
         taken = []
         for _ in range(chunks):
             obs = to_torch(self._obs, self.device)
-            act, extra = actor(obs)
-            step = self.envs.step(act.cpu().numpy())
-            self._count(step)
-            self._obs = self.envs.reset(mask=step.done) if step.done.any() else step.obs
-            taken.append((obs, act, extra, step))
-        return self._rollout(taken)
+            with self.clock("policy"):
+                act, extra = actor(obs)
+                chunk = act.cpu().numpy()
+            with self.clock("env"):
+                taken.append((obs, act, extra, self._step(chunk)))
+        ran = any(step.length.any() for *_, step in taken)
+        return self._rollout(taken) if ran else self(actor, chunks)
+
+    def _step(self, act: np.ndarray) -> VecStep:
+        step = self.envs.step(act)
+        self._acts.append(act.copy())
+        self._count(step)
+        self._obs = self.envs.reset(mask=step.done) if step.done.any() else step.obs
+        return step
+
+    def trace(self) -> dict[str, Any]:
+        """How the present episodes came about: what seeded them, and every chunk acted since; and what is observed now."""
+        acts = torch.from_numpy(np.stack(self._acts)) if self._acts else None
+        return {"entropy": list(self._entropy), "acts": acts, "obs": _tensors(self._obs), "env_steps": self.env_steps}
+
+    def retrace(self, trace: dict[str, Any]) -> bool:
+        """Goes the way of ``trace`` again; whether it led to the same observations."""
+        self.reset(*trace["entropy"])
+        for act in () if trace["acts"] is None else trace["acts"].numpy():
+            self._step(act)
+        self._clear_metrics()
+        self.env_steps = trace["env_steps"]
+        now, then = _tensors(self._obs), trace["obs"]
+        return now.keys() == then.keys() and all(torch.equal(now[key], then[key]) for key in now)
 
     def _rollout(self, taken: list[tuple[Obs, Tensor, dict[str, Tensor], VecStep]]) -> Rollout:
         obs, act, extra, steps = zip(*taken, strict=True)
@@ -107,19 +157,40 @@ class Collector:
         self._success |= step.success
         self._terms += step.terms.sum(0)
         self._steps += int(step.length.sum())
+        dropped = step.faults | step.lost
         for i in np.flatnonzero(step.done):
-            self._finished.append((self._return[i], self._length[i], self._success[i]))
+            if i not in dropped:
+                self._finished.append((self._return[i], self._length[i], self._success[i]))
+                self.in_a_row[i] = 0
+        for i, why in dropped.items():
+            self._drop(i, why)
         self._return[step.done] = self._length[step.done] = self._success[step.done] = 0
 
+    def _drop(self, i: int, why: str) -> None:
+        self.dropped += 1
+        self.in_a_row[i] += 1
+        if self.drops is not None and self.in_a_row[i] >= self.drops:
+            most = f"fewer than {self.drops} in a row (guards.dropped)"
+            raise found(f"environment {i} finishes no episode", most, f"another: {why}", "repair the environment, or its reward")
+        warn(f"environment {i}: {why}; its episode is dropped ({self.dropped} so far)")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dropped": self.dropped, "in_a_row": list(self.in_a_row)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dropped, self.in_a_row = state["dropped"], list(state["in_a_row"])
+
     def metrics(self) -> dict[str, float]:
-        """Since the last call: episodes that finished, and every reward term's mean a step. For watching a run only:
-        the episodes that happen to finish in a window favour the short ones."""
+        """Since the last call: episodes that finished, and every reward term's mean a step; the episodes dropped so far, if
+        any. For watching a run only: the episodes that happen to finish in a window favour the short ones."""
         out: dict[str, float] = {"env_steps": self.env_steps}
         if self._finished:
             returns, lengths, successes = np.array(self._finished, float).T
             out |= {"train/return": returns.mean(), "train/length": lengths.mean(), "train/episodes": len(returns)}
             if self.envs.has_success:
                 out["train/success"] = successes.mean()
+        if self.dropped:
+            out["train/dropped_episodes"] = self.dropped
         if self._steps:
             out |= {f"reward/{name}": total / self._steps for name, total in zip(self.envs.terms, self._terms, strict=True)}
         self._clear_metrics()

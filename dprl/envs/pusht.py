@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from dprl.errors import UserError, found
+from dprl.errors import found
 
 SIZE = 512.0
 GOAL = (256.0, 256.0, np.pi / 4)  # x, y and angle of the block where it should be
@@ -112,7 +112,7 @@ def _simulator(**settings: Any) -> Any:
     try:
         from gym_pusht.envs.pusht import PushTEnv
     except ImportError as error:
-        raise UserError(f"Push-T wants a package that cannot be imported: {error}\n  fix:      pip install 'dprl[pusht]'") from None
+        raise found("Push-T wants a package", "one that can be imported", error, "pip install 'dprl[pusht]'") from None
     return PushTEnv(**settings)
 
 

@@ -3,16 +3,18 @@
 Letters: N environments, Ta steps of a chunk, To observed steps, O observation dim, A action dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from dprl.envs.chunk import ChunkEnv, make_one
 from dprl.envs.observe import Observe
+from dprl.envs.probe import faster
+from dprl.envs.workers import Workers
 from dprl.errors import UserError, found
 from dprl.rewards import WeightedSum
 
@@ -21,7 +23,11 @@ TAKEN = ("success", "return", "return_std", "length", "n", "value", "discounted"
 
 @dataclass(frozen=True)
 class VecStep:
-    """What one chunk brought in each environment. ``obs`` is the true successor, never the observation of a reset."""
+    """What one chunk brought in each environment. ``obs`` is the true successor, never the observation of a reset.
+
+    ``faults`` and ``lost`` tell, by environment, why its chunk was dropped: for a number that is not finite, or with the
+    process that it ran in. Such a chunk is truncated, has length 0, and its successor is the observation before it.
+    """
 
     obs: Any  # [N, To, O]
     rew: np.ndarray  # [N, Ta]
@@ -33,6 +39,8 @@ class VecStep:
     terms: np.ndarray  # [N, terms]
     info: dict[str, np.ndarray]  # [N] a key; NaN where an environment said nothing
     trace: np.ndarray | None  # [N, Ta, O] the vectors observed
+    faults: dict[int, str]
+    lost: dict[int, str]
 
     @property
     def done(self) -> np.ndarray:
@@ -44,7 +52,7 @@ class VecEnv:
 
     def __init__(
         self,
-        envs: SyncVectorEnv | AsyncVectorEnv,
+        envs: SyncVectorEnv | Workers,
         *,
         terms: Sequence[str],
         has_success: bool,
@@ -76,6 +84,10 @@ class VecEnv:
 
     def step(self, act: np.ndarray) -> VecStep:
         """Acts the chunks [N, Ta, A]. An environment whose episode has ended wants ``reset`` or ``rest`` first."""
+        if not np.isfinite(act).all():
+            i, t, a = (int(x) for x in np.argwhere(~np.isfinite(act))[0])
+            got = f"{act[i, t, a]} for environment {i}, in step {t + 1} of the chunk, dimension {a}"
+            raise found("the policy acts what is no number", "finite actions", got, "an earlier checkpoint, or smaller learning rates")
         obs, _, terminated, truncated, info = self.envs.step(act)
         return VecStep(
             obs=obs,
@@ -88,6 +100,8 @@ class VecEnv:
             terms=info["terms"],
             info={key: info[f"info/{key}"] for key in (*self.info_keys, *self.metrics)},
             trace=info.get("trace"),
+            faults={i: why for i, why in enumerate(info.get("fault", ())) if why},
+            lost=info.get("lost", {}),
         )
 
     def close(self) -> None:
@@ -110,59 +124,64 @@ def make_vec(
     success_key: str | None,
     info_keys: list[str],
     metrics: list[str],
-    backend: Literal["sync", "async"],
+    backend: Literal["sync", "async", "envpool", "auto"],
     num_envs: int,
     obs_steps: int,
     act_steps: int,
     reward: WeightedSum,
     trace: bool = False,
+    workers: Mapping[str, Any] | None = None,
 ) -> VecEnv:
-    """A vector of any gymnasium environment, in this process (``sync``) or a process each (``async``).
+    """A vector of any gymnasium environment, in this process (``sync``), a process each (``async``), whichever of the two is
+    measured to be faster (``auto``) or, of those that EnvPool has, in its threads (``envpool``).
 
     ``info_keys`` and ``metrics`` are keys of ``info`` whose last value in an episode is kept: ``metrics`` are numbers that
-    an evaluation takes the mean of.
+    an evaluation takes the mean of. ``workers`` is how processes are watched (see ``Workers``); None: they are not.
     """
     if num_envs < 1:
         raise found("too few environments", "num_envs of at least 1", num_envs, "num_envs=1 or more")
-    if backend not in ("sync", "async"):
-        raise found("unknown task.env.backend", "sync or async", backend, "task.env.backend=sync")
+    if backend not in ("sync", "async", "envpool", "auto"):
+        raise found("unknown task.env.backend", "sync, async, envpool or auto", backend, "task.env.backend=sync")
     if set(metrics) & set(TAKEN):
         taken = sorted(set(metrics) & set(TAKEN))
         raise found("task.env.metrics takes a name that means something else", f"none of {', '.join(TAKEN)}", taken, "another key of info")
-    make = partial(
-        make_one,
-        id=id,
-        kwargs=kwargs,
-        max_episode_steps=max_episode_steps,
-        obs_steps=obs_steps,
-        act_steps=act_steps,
-        observe=observe,
-        reward=reward,
-        success_key=success_key,
-        info_keys=info_keys,
-        metrics=metrics,
-        trace=trace,
-    )
-    _try_out(make())
+    chunk = dict(obs_steps=obs_steps, act_steps=act_steps, observe=observe, reward=reward)
+    chunk |= dict(success_key=success_key, info_keys=info_keys, metrics=metrics)
+    chunk |= dict(id=id, kwargs=kwargs, max_episode_steps=max_episode_steps)
+    told: dict[str, Any] = dict(terms=reward.names, has_success=success_key is not None, info_keys=info_keys, metrics=metrics)
+    if backend == "envpool":
+        from dprl.envs.pool import ChunkPool
+
+        return VecEnv(ChunkPool(**chunk, num_envs=num_envs), **told)  # type: ignore[arg-type]
+    makes = [partial(make_one, **chunk, trace=trace, index=i) for i in range(num_envs)]  # type: ignore[arg-type]
+    try:
+        _try_out(makes[0]())
+    except UserError:
+        raise
+    except Exception as error:  # whatever an environment raises
+        what = f"{type(error).__name__}: {error}"
+        raise found(f"task.env.id={id} fails at its first steps", "one that runs", what, "correct it; debug=true shows where") from error
+    if backend == "auto":
+        backend = faster(makes[0], num_envs, f"{id} {kwargs} {act_steps}")
     if backend == "sync":
-        envs = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        envs = SyncVectorEnv(makes, autoreset_mode=AutoresetMode.DISABLED)
     else:
-        envs = AsyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
-    return VecEnv(envs, terms=reward.names, has_success=success_key is not None, info_keys=info_keys, metrics=metrics)
+        envs = Workers(makes, **(workers or dict(timeout=None, restarts=0)))
+    return VecEnv(envs, **told)
 
 
 def _try_out(env: ChunkEnv) -> None:
     """One chunk, so that a mistake in the task or the reward is told before a run begins, and in this process."""
     env.reset(seed=0)
-    env.step(np.zeros(env.action_space.shape, np.float32))  # type: ignore[arg-type]
+    *_, info = env.step(np.zeros(env.action_space.shape, np.float32))  # type: ignore[arg-type]
     env.close()
+    if "fault" in info:
+        raise found("what the environment tells is not finite", "numbers", info["fault"], "guard its divisions and logarithms")
 
 
 def check_fits(envs: VecEnv, *, obs_shape, act_dim: int, source: str) -> None:
     """Raises a ``UserError`` unless observations and actions have the sizes that ``source`` was made for."""
     for what, expected, got in (("observation", envs.obs_shape, obs_shape), ("action", envs.act_dim, act_dim)):
         if expected != got:
-            raise UserError(
-                f"{source} does not fit the task: another {what} size\n  expected: {expected}, the task's\n"
-                f"  found:    {got}, in {source}\n  fix:      name the task or the data it was made with: task=... data.path=..."
-            )
+            fix = "name the task or the data it was made with: task=... data.path=..."
+            raise found(f"{source} does not fit the task: another {what} size", f"{expected}, the task's", f"{got}, in {source}", fix)

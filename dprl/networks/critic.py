@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dprl.errors import check_numbers
 from dprl.networks import slope
-from dprl.networks.inputs import sinusoid
+from dprl.networks.inputs import sinusoid, vector
 from dprl.networks.mlp import trunk
 
 
@@ -18,7 +19,7 @@ class StateValue(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(obs_steps * obs_shape[-1], width),
+            nn.Linear(obs_steps * vector(obs_shape, self), width),
             trunk(width, layers, activation),
             nn.Linear(width, 1),
         )
@@ -29,6 +30,7 @@ class StateValue(nn.Module):
 
 def hidden(width: int, layers: int, activation: str, layer_norm: bool) -> nn.Sequential:
     """What comes after a first linear layer: its norm and activation, then ``layers - 1`` hidden layers likewise."""
+    check_numbers("", least=1, width=width)
     parts: list[nn.Module] = []
     for layer in range(layers):
         parts += [nn.Linear(width, width)] * (layer > 0) + [nn.LayerNorm(width)] * layer_norm + [getattr(nn, activation)()]
@@ -40,7 +42,7 @@ class PlainValue(nn.Module):
 
     def __init__(self, *, width: int, layers: int, activation: str, layer_norm: bool, obs_shape: list[int], obs_steps: int):
         super().__init__()
-        first = nn.Linear(obs_steps * obs_shape[-1], width)
+        first = nn.Linear(obs_steps * vector(obs_shape, self), width)
         self.net = nn.Sequential(nn.Flatten(), first, hidden(width, layers, activation, layer_norm), nn.Linear(width, 1))
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ class ChunkValue(nn.Module):
         act_steps: int,
     ):
         super().__init__()
-        self.obs = nn.Linear(obs_steps * obs_shape[-1], width)
+        self.obs = nn.Linear(obs_steps * vector(obs_shape, self), width)
         self.chunk = nn.Linear(act_steps * act_dim, width, bias=False)
         self.rest = nn.Sequential(hidden(width, layers, activation, layer_norm), nn.Linear(width, 1))
 

@@ -35,6 +35,6 @@ def by_level(net: Callable[[Tensor], Tensor], table: Tensor, k: Tensor) -> Tenso
 def vector(obs_shape: Any, reader: nn.Module) -> int:
     """The size of an observation that is a vector; a ``UserError`` for any other, since ``reader`` reads no such thing."""
     if not isinstance(obs_shape, list) or len(obs_shape) != 1:
-        fix = "a task that observes one (task.env.observe), or a policy that sees: policy=unet_image_small, policy/denoiser=seeing"
+        fix = "a task that observes one (task.env.observe), or a policy that sees, policy=unet_image_small; no critic does"
         raise found(f"{type(reader).__name__} reads vectors", "an observation [size]", obs_shape, fix)
     return obs_shape[0]

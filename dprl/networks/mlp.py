@@ -5,6 +5,7 @@ Letters: N batch, H horizon, A action dim, To observed steps, O observation dim,
 
 from torch import Tensor, nn
 
+from dprl.errors import check_numbers
 from dprl.networks.inputs import by_level, sinusoid, vector
 
 
@@ -24,6 +25,7 @@ def trunk(width: int, layers: int, activation: str) -> nn.Sequential:
     """``layers`` hidden layers counted as the literature does: the one before, and two a block. So 3 is one block."""
     if layers < 1 or layers % 2 == 0:
         raise ValueError(f"layers is {layers}; expected an odd number: one input layer and two a residual block")
+    check_numbers("", least=1, width=width)
     blocks = [Residual(width, activation) for _ in range((layers - 1) // 2)]
     return nn.Sequential(*blocks, getattr(nn, activation)())
 

@@ -1,0 +1,44 @@
+"""Which backend of the environments is faster here: measured, since it depends on the task, the machine and the chunk."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from dprl.envs.chunk import ChunkEnv
+
+SECONDS = 0.3  # of stepping, for each backend
+LEAD = 1.2  # that processes must have to be worth their memory and their start
+taken: dict[str, Literal["sync", "async"]] = {}  # what was found out in this process, by task
+
+
+def faster(make: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["sync", "async"]:
+    """Steps one environment here, then one on each core in a process of its own, with random actions, and compares chunks a
+    second. Both backends take the same steps, so which is chosen changes no number."""
+    cores = min(num_envs, len(os.sched_getaffinity(0)))
+    if cores == 1:
+        return "sync"
+    if name not in taken:
+        here = rate(SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED))
+        apart = rate(AsyncVectorEnv([make] * cores, autoreset_mode=AutoresetMode.DISABLED))
+        taken[name] = "async" if apart > LEAD * here else "sync"
+        print(f"task.env.backend=auto: {taken[name]} ({here:.0f} chunks/s in this process, {apart:.0f} in {cores} others)")
+    return taken[name]
+
+
+def rate(envs: SyncVectorEnv | AsyncVectorEnv) -> float:
+    """Chunks a second."""
+    envs.action_space.seed(0)
+    envs.reset(seed=0)
+    act = envs.action_space.sample()
+    chunks, begun = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < SECONDS:
+        _, _, terminated, truncated, _ = envs.step(act)
+        chunks += envs.num_envs
+        if (done := terminated | truncated).any():
+            envs.reset(options={"reset_mask": np.asarray(done)})
+    envs.close()
+    return chunks / spent

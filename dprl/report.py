@@ -138,17 +138,19 @@ def paths(
 
 
 def curves(runs: dict[str, list[dict[str, Any]]], key: str) -> Any:
-    """``key`` of metrics.jsonl against environment steps and against minutes, a line a run that has it."""
+    """``key`` of metrics.jsonl against environment steps (of cloning: gradient steps) and minutes, a line a run that has it."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for name, lines in runs.items():
-        points = [(line.get("env_steps") or 0, line["seconds"] / 60, line[key]) for line in lines if line.get(key) is not None]
+        what = "env_steps" if any("env_steps" in line for line in lines) else "step"
+        points = [(line.get(what) or 0, line["seconds"] / 60, line[key]) for line in lines if line.get(key) is not None]
         if not points:
             continue
         steps, minutes, values = zip(*points, strict=True)
         axes[0].plot(steps, values, marker=".", label=name)
         axes[1].plot(minutes, values, marker=".", label=name)
-    axes[0].set(xlabel="environment steps", ylabel=key.replace("/", " "))
+    cloned = not any("env_steps" in line for lines in runs.values() for line in lines)
+    axes[0].set(xlabel="gradient steps" if cloned else "environment steps", ylabel=key.replace("/", " ").replace("_", " "))
     axes[1].set(xlabel="minutes")
     axes[1].legend(fontsize=8)
     for axis in axes:

@@ -24,6 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from dprl import log, report
+from dprl.files import read_json
+
 ROOT = Path(__file__).parent.parent
 LOGGED = {"medium_replay": "hopper", "medium": "hopper", "halfcheetah_medium": "halfcheetah"}  # data: the task
 # a policy for ranking: five reverse steps of a small network, so that many candidates cost little
@@ -38,7 +41,7 @@ COMPARED = {"lstm_gmm": 8000, "implicit": 6000, "bet": 8000}  # policies, and th
 EACH = ("threads=1", "train.save_every=2000")
 # one thread, so that two runs can go on at a time on two cores
 PUSHT = ("threads=1", "train.precision=bf16", "train.batch=128", "train.lr=5e-4", "train.lr_final=0.0", "train.warmup=0.02")
-PUSHT += ("train.ema=0.999", "train.log_every=250", "train.save_every=5000", "evaluation.episodes=50", "evaluation.final_episodes=200")
+PUSHT += ("train.ema=0.999", "train.log_every=250", "evaluation.episodes=50", "evaluation.final_episodes=200")
 FAST = ("policy.predict=clean", "policy.schedule.sample_steps=16", "policy.schedule.eta=0.0")
 LONG = ("policy.horizon=20",)  # so that 16 actions can be executed
 BLIND = ("task.env.observe={_target_: dprl.envs.observe.flatten, _partial_: true, keys: [agent_pos]}", "data.observe=state[:2]")
@@ -50,6 +53,18 @@ class Pipeline(NamedTuple):
     work: Callable[[int, Path], None]
     seeds: tuple[int, ...]
     wants: str | None = None
+
+
+def learning(name: str, runs: dict[str, str]) -> None:
+    """The figure of coverage along training."""
+    lines = {label: log.read(Path("runs") / run) for label, run in runs.items()}
+    report.save(report.curves(lines, "evaluation/max_coverage"), ROOT / "docs" / "figures" / f"{name}.png")
+
+
+def acting(name: str, run: str, key: str) -> None:
+    """The figure of what a policy does with other settings of ``key``."""
+    rows = [row for row in read_json(Path("runs") / run / "sweep.json")["rows"] if key in row["settings"]]
+    report.save(report.sweep(rows, key), ROOT / "docs" / "figures" / f"{name}.png")
 
 
 def program(name: str, *arguments: str) -> None:
@@ -181,14 +196,17 @@ def cloned(policy: str, seed: int, data: Path, steps: int, *arguments: str, name
 
 
 def pusht(seed: int, data: Path) -> None:
-    """The small U-Net and, once, the small transformer, for about an hour each; what the U-Net does when it acts otherwise."""
-    net = cloned("unet_small", seed, data, 28_000, *FAST, *LONG)
+    """The small U-Net and, once, the small transformer; what the U-Net does when it acts otherwise."""
+    net = cloned("unet_small", seed, data, 8_000, *FAST, *LONG, "train.save_every=2000")
     if seed:
         return
-    cloned("transformer_small", seed, data, 32_000, *FAST, *LONG, "policy.denoiser.dropout=0.0")
-    swept(net, "act_steps=1,2,4,8,16")
-    swept(net, "schedule.sample_steps=16,8,4,2", "schedule.eta=0.0")
-    swept(net, "schedule.sample_steps=100", "schedule.eta=1.0")
+    other = cloned("transformer_small", seed, data, 32_000, *FAST, *LONG, "train.save_every=5000", "policy.denoiser.dropout=0.0")
+    swept(net, "act_steps=1,2,4,8,16", "--threads", "1")
+    swept(net, "schedule.sample_steps=16,8,4,2", "schedule.eta=0.0", "--threads", "1")
+    swept(net, "schedule.sample_steps=100", "schedule.eta=1.0", "--threads", "1")
+    learning("pusht_learning", {"U-Net": net, "transformer": other})
+    acting("pusht_steps", net, "act_steps")
+    acting("pusht_levels", net, "schedule.sample_steps")
 
 
 def pusht_compared(seed: int, data: Path) -> None:

@@ -61,9 +61,9 @@ class NoClock:
 
 
 def clock(asked: Any, device: torch.device) -> Clock | NoClock:
-    """What ``profile=`` asks for: false, true or trace."""
-    if asked not in (False, True, "trace"):
-        raise found("profile is no such thing", "false, true or trace", asked, "profile=true")
+    """What ``profile=`` asks for: null, true or trace."""
+    if asked not in (None, False, True, "trace"):
+        raise found("profile is no such thing", "null, true or trace", asked, "profile=true")
     return Clock(device) if asked else NoClock()
 
 

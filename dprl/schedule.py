@@ -78,7 +78,8 @@ class Schedule(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
         # one number each, for a step that is the same for all rows: on the CPU wherever the chunks are
-        self.by_step = {name: tables[name].float().unbind() for name in ("clean_x", "clean_pred", "mean_x", "mean_clean")}
+        single = () if alpha_bar.is_meta else ("clean_x", "clean_pred", "mean_x", "mean_clean")
+        self.by_step = {name: tables[name].float().unbind() for name in single}
         self.register_buffer("levels", levels, persistent=False)
 
     def __len__(self) -> int:

@@ -4,10 +4,13 @@ python scripts/chaos.py                                             # every faul
 python scripts/chaos.py --programs dppo --faults kill term --times 5
 
 A run is disturbed, resumed, and disturbed again until it ends by itself; a disturbance is survived if that run ended as the
-undisturbed one did. Prints a table and writes results/chaos.json. A new fault is a new row of FAULTS.
+undisturbed one did. What goes wrong inside an environment (a process that dies or hangs, a NaN) changes what a run learns from: it
+is survived if the run noticed it and ended well. Prints a table and writes results/chaos.json, where faults of earlier calls
+stay. A new fault is a new row of FAULTS or INJECTED.
 """
 
 import argparse
+import itertools
 import os
 import random
 import resource
@@ -63,6 +66,16 @@ FAULTS = {
     "disk": Fault(fill_disk, (0, FULL_STATUS)),
 }
 
+# what goes wrong once, in one environment of an algorithm's run at a random step (tests/faults.py); and what the run then says
+FEW = ["num_envs=2", "evaluation.num_envs=2", "evaluation.final_episodes=10"]
+INJECTED = {
+    "worker dies": (["what=exit", "backend=async"], "restart 1 of"),
+    "worker hangs": (["what=hang", "backend=async", "timeout=5"], "restart 1 of"),
+    "NaN observed": (["what=observation"], "is nan at step"),
+    "infinite reward": (["what=reward"], "is inf at step"),
+}
+WHERE = {"what": "+task.env.kwargs.what", "backend": "task.env.backend", "timeout": "guards.workers.timeout"}
+
 
 @dataclass
 class Tally:
@@ -79,7 +92,7 @@ class Sitting:
 
     def __init__(self, arguments: list[str], folder: Path):
         command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
         said = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # no file, which could not grow
         self.process = subprocess.Popen(command, cwd=folder, env=environment, **said)  # type: ignore[call-overload]
 
@@ -151,6 +164,25 @@ def disturb(arguments: list[str], run: Path, whole: Path, fault: Fault, tally: T
     tally.tried += strikes
 
 
+def inject(arguments: list[str], run: Path, name: str, tally: Tally) -> None:
+    """One run in which something goes wrong in an environment, if it gets as far as that."""
+    settings, said_then = INJECTED[name]
+    marker, at = run.with_suffix(".struck"), random.randint(20, 600)
+    given = [f"{WHERE[key]}={value}" for key, value in (setting.split("=") for setting in settings)]
+    given += ["task.env.id=faults:Faulty-v0", "+task.env.kwargs.task=dprl/Avoid-v0", f"+task.env.kwargs.at={at}"]
+    sitting = Sitting([*arguments, *FEW, *given, f"+task.env.kwargs.marker={marker}", f"out={run}"], run.parent.parent)
+    status, said = sitting.end()
+    if not marker.exists():
+        return
+    marker.unlink()
+    tally.tried += 1
+    well = status == 0 and (run / "result.json").is_file() and said_then in said and "Traceback" not in said
+    tally.survived += well
+    tally.phases["training" if "its episode is dropped" in said else "evaluation"] += 1
+    if not well:
+        tally.failures.append(f"status {status}, at step {at}: {said[-2000:]}")
+
+
 def chaos(programs: list[str], faults: list[str], times: int, folder: Path) -> dict[str, dict[str, Tally]]:
     """Tallies by fault and program, from runs in ``folder``."""
     undisturbed(["scripts/demonstrations.py", "episodes=12"], folder)
@@ -161,10 +193,17 @@ def chaos(programs: list[str], faults: list[str], times: int, folder: Path) -> d
         seconds = undisturbed([*PROGRAMS[program], f"out=runs/{program}"], folder)
         print(f"{program}: {seconds:.1f} s undisturbed", flush=True)
         for name in faults:
+            if name in INJECTED and program == "pretrain":  # it steps no environment but to evaluate
+                continue
             tally = tallies[name][program] = Tally()
-            while tally.tried < times and not (tally.failures and tally.tried == 0):
-                run = folder / "runs" / f"{program}-{name}-{tally.tried}"
-                disturb(PROGRAMS[program], run, whole, FAULTS[name], tally, times - tally.tried, seconds)
+            for number in itertools.count():
+                if tally.tried >= times or (tally.failures and tally.tried == 0):
+                    break
+                run = folder / "runs" / f"{program}-{name.replace(' ', '-')}-{number}"
+                if name in FAULTS:
+                    disturb(PROGRAMS[program], run, whole, FAULTS[name], tally, times - tally.tried, seconds)
+                else:
+                    inject(PROGRAMS[program], run, name, tally)
                 shutil.rmtree(run, ignore_errors=True)
             print(f"{program}, {name}: {tally.survived} of {tally.tried} survived, {dict(tally.phases)}", flush=True)
             for failure in tally.failures:
@@ -175,7 +214,7 @@ def chaos(programs: list[str], faults: list[str], times: int, folder: Path) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="what is run")
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="what befalls it")
+    parser.add_argument("--faults", nargs="+", choices=[*FAULTS, *INJECTED], default=[*FAULTS, *INJECTED], help="what befalls it")
     parser.add_argument("--times", type=int, default=20, help="disturbances of each kind, of each program")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "chaos.json")
@@ -189,8 +228,9 @@ def main() -> None:
             rows.append([name, program, f"{tally.survived}/{tally.tried}", ", ".join(f"{k}: {n}" for k, n in sorted(tally.phases.items()))])
         total = {key: sum(getattr(tally, key) for tally in by_program.values()) for key in ("tried", "survived")}
         told[name] = total | {"programs": {program: vars(tally) for program, tally in by_program.items()}}
-    settings = {name: PROGRAMS[name] for name in arguments.programs} | {"times": arguments.times, "seed": arguments.seed}
-    write_json(arguments.out, {"faults": told, "settings": settings, "versions": versions()})
+    earlier = read_json(arguments.out) if arguments.out.is_file() else {}
+    about = {"programs": PROGRAMS, "seed": arguments.seed, "versions": versions()}
+    write_json(arguments.out, earlier | told | {"about": about})
     print(f"\n{markdown(rows, ['fault', 'program', 'survived', 'struck while'])}\n{arguments.out}")
     if any(total["survived"] < total["tried"] for total in told.values()):
         raise SystemExit(1)

@@ -146,7 +146,7 @@ def test_a_profile_says_where_the_time_went(command, cloned):
     assert "profile" not in result(run)["config"]
     run = cloned / "runs/profiled-bc"
     command("pretrain.py", *CLONE, "profile=true", "out=runs/profiled-bc")
-    assert {"data", "update", "evaluation", "log", "other"} == set(result(run)["profile"])
+    assert {"data", "update", "evaluation", "log", "checkpoint", "other"} == set(result(run)["profile"])
     assert metrics(run) == metrics(cloned / "runs/avoid-bc-0")
 
 

@@ -241,7 +241,7 @@ def test_an_endless_environment_with_a_limit_given():
 @pytest.mark.parametrize("backend", ["sync", "async"])
 def test_episodes_come_about_again(backend):
     actor = Constant(0.1, act_steps=3)
-    first, second = (collector(vec("Drawing-v0", num_envs=3, act_steps=3, backend=backend), 7, 1) for _ in range(2))
+    first, second = (collector(vec("toys:Drawing-v0", num_envs=3, act_steps=3, backend=backend), 7, 1) for _ in range(2))
     first(actor, 5)  # episodes of 4 steps: some have ended, some are under way
     trace = first.trace()
     np.random.seed(11)  # noqa: NPY002  whatever else was drawn

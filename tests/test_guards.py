@@ -181,10 +181,10 @@ def test_cloning_goes_on_after_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     guard.settle(cloner.train(5), 5)
     before = {name: value.clone() for name, value in cloner.averaged.state_dict().items()}
     monkeypatch.setattr(cloner.policy, "loss", Poisoned(cloner.policy.loss, 2, 9))
-    assert "loss" not in guard.settle(cloner.train(5), 10)
+    assert "loss" not in guard.settle(cloner.train(10), 10)
     assert all(torch.equal(value, before[name]) for name, value in cloner.averaged.state_dict().items())
     with pytest.raises(UserError, match="diverged"):
-        guard.settle(cloner.train(5), 15)
+        guard.settle(cloner.train(15), 15)
     batch = load_file(tmp_path / "diverged" / "batch_0.safetensors")
     assert {"obs", "act", "mask"} <= batch.keys()
 

@@ -62,7 +62,7 @@ def test_what_profile_asks_for():
     with NoClock()("anything"):
         pass
     assert NoClock().told() == {}
-    with pytest.raises(UserError, match="false, true or trace"):
+    with pytest.raises(UserError, match="null, true or trace"):
         clock("yes", CPU)
 
 

@@ -50,7 +50,7 @@ class Discrete(World):
 class Free(World):
     action_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 for kind in (Raising, Failing, Discrete, Free): gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=5)
-gym.register("Endless-v0", World)
+gym.register("Unending-v0", World)
 """
 
 

@@ -147,8 +147,11 @@ class ChunkEnv(gym.Wrapper):
     def _raised(self, error: Exception, when: str) -> UserError:
         if isinstance(error, UserError):
             return error
-        trace = "".join(traceback.format_exception(error)).rstrip()
-        return UserError(f"environment {self.index} raised {type(error).__name__} {when}: {error}\n{trace}")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        name = self.env.spec.id if self.env.spec is not None else type(self.env.unwrapped).__name__
+        what = f"environment {self.index} ({name}) raised {type(error).__name__} {when}"
+        where = f"{error} ({frame.filename}:{frame.lineno}, in {frame.name})"
+        return found(what, "an environment that runs", where, "correct it; debug=true shows more")
 
     def _nothing(self) -> dict[str, Any]:
         return self._info([], np.zeros((0, len(self.reward.names))), [], [])

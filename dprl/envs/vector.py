@@ -15,7 +15,7 @@ from dprl.envs.chunk import ChunkEnv, make_one
 from dprl.envs.observe import Observe
 from dprl.envs.probe import faster
 from dprl.envs.workers import Workers
-from dprl.errors import UserError, found
+from dprl.errors import found
 from dprl.rewards import WeightedSum
 
 TAKEN = ("success", "return", "return_std", "length", "n", "value", "discounted", "modes", "loss")  # what an evaluation tells anyway
@@ -154,13 +154,7 @@ def make_vec(
 
         return VecEnv(ChunkPool(**chunk, num_envs=num_envs), **told)  # type: ignore[arg-type]
     makes = [partial(make_one, **chunk, trace=trace, index=i) for i in range(num_envs)]  # type: ignore[arg-type]
-    try:
-        _try_out(makes[0]())
-    except UserError:
-        raise
-    except Exception as error:  # whatever an environment raises
-        what = f"{type(error).__name__}: {error}"
-        raise found(f"task.env.id={id} fails at its first steps", "one that runs", what, "correct it; debug=true shows where") from error
+    _try_out(makes[0]())
     if backend == "auto":
         backend = faster(makes[0], num_envs, f"{id} {kwargs} {act_steps}")
     if backend == "sync":

@@ -7,10 +7,7 @@
     python scripts/reproduce.py hopper --data <folder>       # about 30 minutes
     python scripts/reproduce.py idql --data <folder>         # about 60 minutes
     python scripts/reproduce.py asking --data <folder>       # policies that are asked for a return
-    python scripts/reproduce.py compared                     # after avoid: LSTM-GMM, implicit BC, BeT; the figure of ways
-    python scripts/reproduce.py pusht --data <folder>        # hours: U-Net and transformer, what each setting of acting costs
-    python scripts/reproduce.py pusht_compared --data <folder>
-    python scripts/reproduce.py pusht_image --data <folder>
+    python scripts/reproduce.py pusht --data <folder>        # about 3 hours of a core: U-Net and transformer, and other ways to act
 
 ``<folder>`` holds D4RL-layout files: hopper-medium.hdf5, hopper-medium-replay.hdf5, halfcheetah-medium.hdf5; for Push-T
 pusht_cchi_v7_replay.zarr.zip. A run that ended is not run again, and one that was interrupted goes on.
@@ -37,14 +34,11 @@ FEW = "algo.actor.candidates=4"  # that are guided
 ONLINE = (MANY, "num_envs=16", "algo.offline_steps=2000", "algo.online_steps=20000", "evaluation.every=6")
 ROLLOUTS = ("algo.critic=monte_carlo", "algo.actor.candidates=4", "name=guided_rollouts", "num_envs=16", "algo.offline_steps=5000")
 OFFLINE = ("num_envs=1", "evaluation.every=10", "evaluation.choose=last", "evaluation.num_envs=50", "evaluation.final_episodes=100")
-COMPARED = {"lstm_gmm": 8000, "implicit": 6000, "bet": 8000}  # policies, and their gradient steps: about 8 minutes of a core each
-EACH = ("threads=1", "train.save_every=2000")
 # one thread, so that two runs can go on at a time on two cores
 PUSHT = ("threads=1", "train.precision=bf16", "train.batch=128", "train.lr=5e-4", "train.lr_final=0.0", "train.warmup=0.02")
 PUSHT += ("train.ema=0.999", "train.log_every=250", "evaluation.episodes=50", "evaluation.final_episodes=200")
 FAST = ("policy.predict=clean", "policy.schedule.sample_steps=16", "policy.schedule.eta=0.0")
 LONG = ("policy.horizon=20",)  # so that 16 actions can be executed
-BLIND = ("task.env.observe={_target_: dprl.envs.observe.flatten, _partial_: true, keys: [agent_pos]}", "data.observe=state[:2]")
 
 
 class Pipeline(NamedTuple):
@@ -130,18 +124,6 @@ def online(seed: int, data: Path) -> None:
         shutil.copy(f"{out}/result.json", ROOT / "results" / f"avoid-{baseline}-{seed}.json")
 
 
-def compared(seed: int, data: Path) -> None:
-    """The policies that Diffusion Policy is compared with, on the default task; and which ways each takes."""
-    for policy, steps in COMPARED.items():
-        run("pretrain.py", "avoid", policy, seed, f"policy={policy}", f"name={policy}", f"train.steps={steps}", *EACH)
-    shown = {"MSE regression": "mse", "LSTM-GMM": "lstm_gmm", "implicit BC": "implicit", "BeT": "bet", "diffusion": "bc"}
-    shown |= {"diffusion + DPPO": "dppo", "diffusion + DPPO, regularised": "dppo_ways"}
-    named = [f"{name}=runs/avoid-{algo}-{seed}" for name, algo in shown.items()]
-    program("scripts/ways.py", f"data/avoid-{seed}.hdf5", *named, "--out", f"runs/ways-{seed}")
-    shutil.copy(f"runs/ways-{seed}/ways.json", ROOT / "results" / "sweeps" / f"avoid-ways-{seed}.json")
-    figure("avoid_policies", Path(f"runs/ways-{seed}"), seed, "ways")
-
-
 def hopper(seed: int, data: Path) -> None:
     """Cloning and DPPO on Hopper."""
     run("pretrain.py", "hopper", "bc", seed, f"data.path={data / 'hopper-medium.hdf5'}")
@@ -187,39 +169,23 @@ def asking(seed: int, data: Path) -> None:
     swept(f"hopper-bc_return-{seed}", "condition.weight=0,1,1.5,2,3", "condition.target=0.7,0.9,1.1")
 
 
-def cloned(policy: str, seed: int, data: Path, steps: int, *arguments: str, name: str | None = None, task: str = "pusht_keypoints") -> str:
+def cloned(policy: str, seed: int, data: Path, steps: int, *arguments: str) -> str:
     """A policy of the small sizes on Push-T; returns the run's name."""
-    name = name or policy
-    given = (f"data.path={data / 'pusht_cchi_v7_replay.zarr.zip'}", "data=pusht", f"policy={policy}", f"name={name}")
-    run("pretrain.py", task, name, seed, *given, f"train.steps={steps}", *PUSHT, *arguments)
-    return f"{task}-{name}-{seed}"
+    given = (f"data.path={data / 'pusht_cchi_v7_replay.zarr.zip'}", "data=pusht", f"policy={policy}", f"name={policy}")
+    run("pretrain.py", "pusht_keypoints", policy, seed, *given, f"train.steps={steps}", *PUSHT, *arguments)
+    return f"pusht_keypoints-{policy}-{seed}"
 
 
 def pusht(seed: int, data: Path) -> None:
-    """The small U-Net and, once, the small transformer; what the U-Net does when it acts otherwise."""
+    """The small U-Net and the small transformer; what the U-Net does when it acts otherwise."""
     net = cloned("unet_small", seed, data, 8_000, *FAST, *LONG, "train.save_every=2000")
-    if seed:
-        return
     other = cloned("transformer_small", seed, data, 32_000, *FAST, *LONG, "train.save_every=5000", "policy.denoiser.dropout=0.0")
-    swept(net, "act_steps=1,2,4,8,16", "--threads", "1")
-    swept(net, "schedule.sample_steps=16,8,4,2", "schedule.eta=0.0", "--threads", "1")
-    swept(net, "schedule.sample_steps=100", "schedule.eta=1.0", "--threads", "1")
+    swept(net, "act_steps=1,2,4,8,16", "--threads", "1", "--episodes", "100")
+    swept(net, "schedule.sample_steps=16,8,4,2", "schedule.eta=0.0", "--threads", "1", "--episodes", "100")
+    swept(net, "schedule.sample_steps=100", "schedule.eta=1.0", "--threads", "1", "--episodes", "100")
     learning("pusht_learning", {"U-Net": net, "transformer": other})
     acting("pusht_steps", net, "act_steps")
     acting("pusht_levels", net, "schedule.sample_steps")
-
-
-def pusht_compared(seed: int, data: Path) -> None:
-    """Policies of other kinds and the diffusion policy, 25 minutes of a core each."""
-    cloned("unet_small", seed, data, 12_000, *FAST, name="quarter_diffusion")
-    for policy, steps in SAME_TIME.items():
-        cloned(policy, seed, data, steps, name=f"quarter_{policy}")
-
-
-def pusht_image(seed: int, data: Path) -> None:
-    """From pictures, and the same without them."""
-    cloned("unet_image_small", seed, data, 8_000, *FAST, *SEEING, task="pusht_image")
-    cloned("unet_small", seed, data, 8_000, *FAST, *SEEING, *BLIND, name="blind", task="pusht_image")
 
 
 PIPELINES = {
@@ -227,13 +193,10 @@ PIPELINES = {
     "predict": Pipeline(predict, (0, 1, 2)),
     "ways": Pipeline(ways, (0, 1, 2)),
     "online": Pipeline(online, (0, 1, 2)),
-    "compared": Pipeline(compared, (0, 1, 2)),
     "hopper": Pipeline(hopper, (0, 1), "D4RL-layout HDF5 files"),
     "idql": Pipeline(idql, (0, 1, 2), "D4RL-layout HDF5 files"),
     "asking": Pipeline(asking, (0, 1, 2), "D4RL-layout HDF5 files"),
-    "pusht": Pipeline(pusht, (0, 1), "Push-T's demonstrations"),
-    "pusht_compared": Pipeline(pusht_compared, (0,), "Push-T's demonstrations"),
-    "pusht_image": Pipeline(pusht_image, (0,), "Push-T's demonstrations"),
+    "pusht": Pipeline(pusht, (0,), "Push-T's demonstrations"),
 }
 
 

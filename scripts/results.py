@@ -32,14 +32,8 @@ NAMES = {
     "guided_rollouts": "guided and ranked, critic of rollouts",
     "sac": "Gaussian SAC",
     "ppo": "Gaussian PPO",
-    "lstm_gmm": "LSTM-GMM",
-    "implicit": "implicit BC",
-    "bet": "BeT",
 }
 LONG = {"unet_small": "U-Net, small", "transformer_small": "transformer, small"}
-QUARTER = {"quarter_diffusion": "diffusion (U-Net, small)", "quarter_regression": "MSE regression", "quarter_lstm_gmm": "LSTM-GMM"}
-QUARTER |= {"quarter_implicit": "implicit BC", "quarter_bet": "BeT"}
-IMAGES = {"unet_image_small": "sees the picture", "blind": "does not"}
 PUSHT = "pusht_keypoints"
 DATA = {"medium_replay": "medium-replay", "medium": "medium"}  # endings that name the data a run learned from
 ORDER = list(NAMES)
@@ -249,15 +243,12 @@ def main() -> None:
         "README.md": {"results": main_table(groups, ("mse", "dppo"))},
         "docs/cloning.md": {
             "results": cloning_table(groups),
-            "ways": results_policies.ways(),
             "looking": swept_table("halfcheetah-bc_medium-0"),
         },
         "docs/pusht.md": {
             "results": results_policies.runs(groups, PUSHT, LONG),
             "steps": results_policies.acting(f"{PUSHT}-unet_small-0", "act_steps"),
             "levels": results_policies.acting(f"{PUSHT}-unet_small-0", "schedule.sample_steps", "schedule.eta"),
-            "compared": results_policies.runs(groups, PUSHT, QUARTER),
-            "images": results_policies.runs(groups, "pusht_image", IMAGES),
         },
         "docs/idql.md": {
             "results": offline_table(groups),

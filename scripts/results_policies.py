@@ -1,4 +1,4 @@
-"""Tables of docs/pusht.md and of the figure of ways."""
+"""Tables of docs/pusht.md."""
 
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,3 @@ def acting(run: str, *keys: str) -> str:
         told = [covered(row), interval(row["success"], row["success_ci95"], scale=100), f"{row['chunk_ms']:.1f}", str(row["n"])]
         lines.append([*(str(row["settings"][key]) for key in keys), *told])
     return markdown(lines, [*(key.split(".")[-1] for key in keys), "max. coverage", "success %", "ms a chunk", "episodes"])
-
-
-def ways() -> str:
-    """Which ways policies of `avoid` take, a row a policy, seeds in one cell."""
-    files = [read_json(path) for path in sorted(SWEEPS.glob("avoid-ways-*.json"))]
-    rows = []
-    for name in files[0]["policies"] if files else ():
-        sides = [file["policies"][name] for file in files if name in file["policies"]]
-        success = ", ".join(f"{100 * side['success']:.1f}" for side in sides)
-        count, entropy = (", ".join(form.format(abs(side["modes"][key])) for side in sides) for key, form in FORMS)
-        rows.append([name, success, count, entropy, str(sides[0]["n"])])
-    return markdown(rows, ["policy", "success % (seeds 0, 1, 2)", "ways", "entropy, nats", "episodes"])
-
-
-FORMS = (("count", "{:.0f}"), ("entropy", "{:.2f}"))

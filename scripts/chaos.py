@@ -5,8 +5,8 @@ python scripts/chaos.py --programs dppo --faults kill term --times 5
 
 A run is disturbed, resumed, and disturbed again until it ends by itself; a disturbance is survived if that run ended as the
 undisturbed one did. What goes wrong inside an environment (a process that dies or hangs, a NaN) changes what a run learns from: it
-is survived if the run noticed it and ended well. Prints a table and writes results/chaos.json, where faults of earlier calls
-stay. A new fault is a new row of FAULTS or INJECTED.
+is survived if the run noticed it and ended well. Prints a table and writes results/chaos.json, where what earlier calls found of other
+faults and programs stays. A new fault is a new row of FAULTS or INJECTED.
 """
 
 import argparse
@@ -222,17 +222,17 @@ def main() -> None:
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         tallies = chaos(arguments.programs, arguments.faults, arguments.times, Path(folder))
-    rows, told = [], {}
+    told = read_json(arguments.out) if arguments.out.is_file() else {}
+    rows = []
     for name, by_program in tallies.items():
+        programs = told.get(name, {"programs": {}})["programs"] | {program: vars(tally) for program, tally in by_program.items()}
+        totals = {key: sum(tally[key] for tally in programs.values()) for key in ("tried", "survived")}
+        told[name] = totals | {"programs": programs}
         for program, tally in by_program.items():
             rows.append([name, program, f"{tally.survived}/{tally.tried}", ", ".join(f"{k}: {n}" for k, n in sorted(tally.phases.items()))])
-        total = {key: sum(getattr(tally, key) for tally in by_program.values()) for key in ("tried", "survived")}
-        told[name] = total | {"programs": {program: vars(tally) for program, tally in by_program.items()}}
-    earlier = read_json(arguments.out) if arguments.out.is_file() else {}
-    about = {"programs": PROGRAMS, "seed": arguments.seed, "versions": versions()}
-    write_json(arguments.out, earlier | told | {"about": about})
+    write_json(arguments.out, told | {"about": {"programs": PROGRAMS, "seed": arguments.seed, "versions": versions()}})
     print(f"\n{markdown(rows, ['fault', 'program', 'survived', 'struck while'])}\n{arguments.out}")
-    if any(total["survived"] < total["tried"] for total in told.values()):
+    if any(tally.survived < tally.tried for by_program in tallies.values() for tally in by_program.values()):
         raise SystemExit(1)
 
 

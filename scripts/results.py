@@ -224,6 +224,18 @@ def cloning_table(groups: dict) -> str:
     return markdown(rows, ["policy", "seed", "success % along training", "success at the end, 95 % CI", "ways used"])
 
 
+def chaos_table() -> str:
+    """Disturbances survived, a row a fault and program."""
+    path = ROOT / "results" / "chaos.json"
+    faults = {name: fault["programs"] for name, fault in read_json(path).items() if name != "about"} if path.is_file() else {}
+    rows = [
+        [name, program, f"{tally['survived']} of {tally['tried']}", ", ".join(f"{key} {n}" for key, n in sorted(tally["phases"].items()))]
+        for name, programs in faults.items()
+        for program, tally in programs.items()
+    ]
+    return markdown(rows, ["fault", "program", "survived", "struck while"])
+
+
 def filled(text: str, marker: str, table: str) -> str:
     """``text`` with ``table`` between its markers."""
     pattern = re.compile(f"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
@@ -265,6 +277,7 @@ def main() -> None:
             "lengths": grid_table("hopper-guided_medium_replay-*.json", "normalize", "scale"),
             "ways": ways_table(groups, "guided_clear"),
         },
+        "docs/trust.md": {"chaos": chaos_table()},
         "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)},
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},
     }

@@ -3,6 +3,7 @@
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -35,6 +36,12 @@ def recorded(name: str) -> Path:
     if not (DATA / name).exists():
         pytest.skip(f"wants {name} in {DATA} (or in $DPRL_TEST_DATA)")
     return DATA / name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """As a terminal starts programs: jobs in the background of a shell ignore Ctrl-C, and so would these."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

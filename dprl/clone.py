@@ -151,14 +151,14 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
 
     planned.begin()
     resumable = checkpoint.resumable(folder)
-    trainer = checkpoint.load_trainer(resumable[0]) if resumable else {"seconds": 0.0, "rng": rng.state()}
+    trainer = checkpoint.load_trainer(resumable[0]) if resumable else {"seconds": 0.0, "rollbacks": 0, "rng": rng.state()}
     if resumable:
         with checkpoint.fitting(resumable[0] / "trainer.pt"):
             cloner.load_state_dict(trainer)
         checkpoint.keep(folder, cloner.step, None, newest=cfg.checkpoints)  # in case the run was cut off before
     step = cloner.step if resumable else None
     guard, limits = Guard(cloner.learned(), folder=folder, rollbacks=cfg.guards.rollbacks), Limits(run.limits(cfg))
-    guard.count = trainer.get("rollbacks", 0)
+    guard.count = trainer["rollbacks"]
     metrics = Metrics(
         folder,
         logger(run=folder, config=run.plain(cfg), step=step),

@@ -7,7 +7,10 @@
     python scripts/reproduce.py hopper --data <folder>       # about 30 minutes
     python scripts/reproduce.py idql --data <folder>         # about 60 minutes
     python scripts/reproduce.py asking --data <folder>       # policies that are asked for a return
+    python scripts/reproduce.py compared                     # after avoid and ways: LSTM-GMM, implicit BC, BeT; the figure of ways
     python scripts/reproduce.py pusht --data <folder>        # about 3 hours of a core: U-Net and transformer, and other ways to act
+    python scripts/reproduce.py pusht_compared --data <folder>  # about 70 minutes of a core: policies of every kind, 10 minutes each
+    python scripts/reproduce.py pusht_image --data <folder>  # about an hour of a core: from pictures, and blind
 
 ``<folder>`` holds D4RL-layout files: hopper-medium.hdf5, hopper-medium-replay.hdf5, halfcheetah-medium.hdf5; for Push-T
 pusht_cchi_v7_replay.zarr.zip. A run that ended is not run again, and one that was interrupted goes on.
@@ -39,6 +42,18 @@ PUSHT = ("threads=1", "train.precision=bf16", "train.batch=128", "train.lr=5e-4"
 PUSHT += ("train.ema=0.999", "train.log_every=250", "evaluation.episodes=50", "evaluation.final_episodes=200")
 FAST = ("policy.predict=clean", "policy.schedule.sample_steps=16", "policy.schedule.eta=0.0")
 LONG = ("policy.horizon=20",)  # so that 16 actions can be executed
+COMPARED = {"lstm_gmm": 6000, "implicit": 3200, "bet": 4000}  # policies, and their gradient steps: about 4 minutes of a core each
+EACH = ("threads=1", "train.log_every=200", "train.save_every=1000")
+# what makes ten minutes of a core of each kind of policy on Push-T; the smallest network is faster in float32
+SAME_TIME = {
+    "unet_small": ("train.steps=5600", *FAST, *LONG, "train.save_every=1400"),
+    "regression": ("train.steps=56000", "width=1024", "train.save_every=14000"),
+    "lstm_gmm": ("train.steps=40000", "train.save_every=10000"),
+    "implicit": ("train.steps=26000", "width=512", "train.save_every=6500"),
+    "bet": ("train.steps=10000", "train.precision=fp32", "train.save_every=2500"),
+}
+# without the picture: the agent's place alone
+BLIND = ("task.env.observe={_target_: dprl.envs.observe.flatten, _partial_: true, keys: [agent_pos]}", "data.observe=state[:2]")
 
 
 class Pipeline(NamedTuple):
@@ -108,6 +123,18 @@ def ways(seed: int, data: Path) -> None:
     figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)
 
 
+def compared(seed: int, data: Path) -> None:
+    """The policies that Diffusion Policy is compared with, on the default task; and which ways each takes."""
+    for policy, steps in COMPARED.items():
+        run("pretrain.py", "avoid", policy, seed, f"policy={policy}", f"name={policy}", f"train.steps={steps}", *EACH)
+    shown = {"MSE regression": "mse", "LSTM-GMM": "lstm_gmm", "implicit BC": "implicit", "BeT": "bet", "diffusion": "bc"}
+    shown |= {"diffusion + DPPO": "dppo", "diffusion + DPPO, held": "dppo_ways"}
+    named = [f"{name}=runs/avoid-{algo}-{seed}" for name, algo in shown.items()]
+    program("scripts/ways.py", f"data/avoid-{seed}.hdf5", *named, "--out", f"runs/ways-{seed}")
+    shutil.copy(f"runs/ways-{seed}/ways.json", ROOT / "results" / "sweeps" / f"avoid-ways-{seed}.json")
+    figure("avoid_policies", Path(f"runs/ways-{seed}"), seed, "ways")
+
+
 def online(seed: int, data: Path) -> None:
     """IDQL offline and then online, guidance, and the baselines."""
     run("finetune.py", "avoid", "idql", seed, "algo=idql", *ONLINE)
@@ -169,17 +196,20 @@ def asking(seed: int, data: Path) -> None:
     swept(f"hopper-bc_return-{seed}", "condition.weight=0,1,1.5,2,3", "condition.target=0.7,0.9,1.1")
 
 
-def cloned(policy: str, seed: int, data: Path, steps: int, *arguments: str) -> str:
-    """A policy of the small sizes on Push-T; returns the run's name."""
-    given = (f"data.path={data / 'pusht_cchi_v7_replay.zarr.zip'}", "data=pusht", f"policy={policy}", f"name={policy}")
-    run("pretrain.py", "pusht_keypoints", policy, seed, *given, f"train.steps={steps}", *PUSHT, *arguments)
-    return f"pusht_keypoints-{policy}-{seed}"
+def cloned(name: str, seed: int, data: Path, *arguments: str, task: str = "pusht_keypoints", policy: str | None = None) -> str:
+    """A policy on Push-T, called as its configuration unless told otherwise; returns the run's name."""
+    given = (f"data.path={data / 'pusht_cchi_v7_replay.zarr.zip'}", "data=pusht", f"policy={policy or name}", f"name={name}")
+    run("pretrain.py", task, name, seed, *given, *PUSHT, *arguments)
+    return f"{task}-{name}-{seed}"
 
 
 def pusht(seed: int, data: Path) -> None:
-    """The small U-Net and the small transformer; what the U-Net does when it acts otherwise."""
-    net = cloned("unet_small", seed, data, 8_000, *FAST, *LONG, "train.save_every=2000")
-    other = cloned("transformer_small", seed, data, 32_000, *FAST, *LONG, "train.save_every=5000", "policy.denoiser.dropout=0.0")
+    """The small U-Net; and once the small transformer, and what the U-Net does when it acts otherwise."""
+    net = cloned("unet_small", seed, data, "train.steps=8000", *FAST, *LONG, "train.save_every=2000")
+    if seed:
+        return
+    long = ("train.steps=32000", "train.save_every=5000", "policy.denoiser.dropout=0.0")
+    other = cloned("transformer_small", seed, data, *FAST, *LONG, *long)
     swept(net, "act_steps=1,2,4,8,16", "--threads", "1", "--episodes", "100")
     swept(net, "schedule.sample_steps=16,8,4,2", "schedule.eta=0.0", "--threads", "1", "--episodes", "100")
     swept(net, "schedule.sample_steps=100", "schedule.eta=1.0", "--threads", "1", "--episodes", "100")
@@ -188,15 +218,31 @@ def pusht(seed: int, data: Path) -> None:
     acting("pusht_levels", net, "schedule.sample_steps")
 
 
+def pusht_compared(seed: int, data: Path) -> None:
+    """The diffusion policy and policies of other kinds, ten minutes of a core each."""
+    for policy, arguments in SAME_TIME.items():
+        cloned(f"short_{policy}", seed, data, *arguments, policy=policy)
+
+
+def pusht_image(seed: int, data: Path) -> None:
+    """From pictures, and the same without them."""
+    same = ("train.steps=6000", "train.save_every=1500", "train.batch=64", *FAST)
+    cloned("unet_image_small", seed, data, *same, task="pusht_image")
+    cloned("blind", seed, data, *same, *BLIND, task="pusht_image", policy="unet_small")
+
+
 PIPELINES = {
     "avoid": Pipeline(avoid, (0, 1, 2)),
     "predict": Pipeline(predict, (0, 1, 2)),
     "ways": Pipeline(ways, (0, 1, 2)),
+    "compared": Pipeline(compared, (0, 1, 2)),
     "online": Pipeline(online, (0, 1, 2)),
     "hopper": Pipeline(hopper, (0, 1), "D4RL-layout HDF5 files"),
     "idql": Pipeline(idql, (0, 1, 2), "D4RL-layout HDF5 files"),
     "asking": Pipeline(asking, (0, 1, 2), "D4RL-layout HDF5 files"),
-    "pusht": Pipeline(pusht, (0,), "Push-T's demonstrations"),
+    "pusht": Pipeline(pusht, (0, 1), "Push-T's demonstrations"),
+    "pusht_compared": Pipeline(pusht_compared, (0,), "Push-T's demonstrations"),
+    "pusht_image": Pipeline(pusht_image, (0,), "Push-T's demonstrations"),
 }
 
 

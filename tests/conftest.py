@@ -106,6 +106,17 @@ def train(policy, obs, act, *, steps: int, lr: float = 2e-3, batch: int = 256):
     return policy.eval()
 
 
+CLONING: dict[str, Any] = dict(  # what cloning is told (`train`), small
+    precision="fp32",
+    padding="masked",
+    batch=128,
+    lr=2e-3,
+    lr_final=1e-4,
+    warmup=0.02,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    ema=0.99,
+)
 LEARNING: dict[str, Any] = dict(  # what every algorithm with a learned critic is told, small
     trained=None,
     critic_from=None,

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import diffusion
+from conftest import CLONING, diffusion
 from omegaconf import DictConfig
 
 from dprl.chain import ChainActor
@@ -69,19 +69,7 @@ def logged(n: int = 300) -> Episodes:
 @pytest.mark.slow
 def test_asks_for_what_pays():
     policy = diffusion(condition=partial(Returns, **SETTINGS), width=64)
-    settings = dict(
-        precision="fp32",
-        padding="masked",
-        steps=600,
-        batch=128,
-        lr=2e-3,
-        lr_final=1e-4,
-        warmup=0.02,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        ema=0.99,
-    )
-    cloner = Cloner(policy, logged(), settings=DictConfig(settings), seed=0, device=torch.device("cpu"))
+    cloner = Cloner(policy, logged(), settings=DictConfig(CLONING | dict(steps=600)), seed=0, device=torch.device("cpu"))
     cloner.train(600)
     cloned, obs = cloner.averaged.eval(), torch.zeros(200, 1, 1)
 

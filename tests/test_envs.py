@@ -99,8 +99,8 @@ def test_history_repeats_the_first_observation_and_never_crosses_a_reset():
 
 
 def test_auto_takes_the_backend_that_is_measured_to_be_faster(monkeypatch, capsys):
-    rates = {"SyncVectorEnv": 100.0, "AsyncVectorEnv": 110.0}
-    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: {0, 1})
+    rates = {"SyncVectorEnv": 100.0, "Workers": 110.0}
+    monkeypatch.setattr(probe, "cores", lambda: 2)
     for name in rates:
         monkeypatch.setattr(probe, name, lambda envs, name=name, **how: type(name, (), {})())
     monkeypatch.setattr(probe, "rate", lambda envs: rates[type(envs).__name__])
@@ -108,7 +108,7 @@ def test_auto_takes_the_backend_that_is_measured_to_be_faster(monkeypatch, capsy
     one = vec("dprl/Avoid-v0", num_envs=3, act_steps=8, backend="auto", info_keys=["route"])
     assert isinstance(one.envs, SyncVectorEnv)
     assert "auto: sync (100 chunks/s in this process, 110 in 2 others)" in capsys.readouterr().out
-    rates["AsyncVectorEnv"] = 130.0
+    rates["Workers"] = 130.0
     assert probe.faster(lambda: None, 3, "another") == "async"  # type: ignore[arg-type, return-value]
     assert probe.faster(lambda: None, 1, "a third") == "sync"  # type: ignore[arg-type, return-value]
     assert list(probe.taken) == ["dprl/Avoid-v0 {} 8", "another"]

@@ -3,11 +3,11 @@
 import importlib
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import diffusion
+from conftest import CLONING, diffusion
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 from test_dppo import collector, dppo
 from test_guided import algorithm
@@ -164,19 +164,8 @@ def test_cloning_goes_on_after_a_loss_that_is_not_finite(tmp_path, monkeypatch):
         last_obs=None,
         source="here",
     )
-    settings = SimpleNamespace(
-        steps=20,
-        batch=8,
-        lr=1e-3,
-        lr_final=1e-3,
-        warmup=0.0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        ema=0.9,
-        padding="masked",
-        precision="fp32",
-    )
-    cloner = Cloner(diffusion(), episodes, settings=settings, seed=0, device=torch.device("cpu"))  # type: ignore[arg-type]
+    settings = DictConfig(CLONING | dict(steps=20, batch=8))
+    cloner = Cloner(diffusion(), episodes, settings=settings, seed=0, device=torch.device("cpu"))
     guard = Guard(cloner.learned(), folder=tmp_path, rollbacks=1)
     guard.settle(cloner.train(5), 5)
     before = {name: value.clone() for name, value in cloner.averaged.state_dict().items()}

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LEARNING, diffusion, vec
+from conftest import CLONING, LEARNING, diffusion, vec
 from tensordict import TensorDict
 from test_data import episodes
 from torch import nn
@@ -179,19 +179,7 @@ def cloned(logged: Episodes):
     from dprl.clone import Cloner
 
     policy = diffusion(act_steps=4, width=64)
-    settings = dict(
-        precision="fp32",
-        padding="masked",
-        steps=700,
-        batch=128,
-        lr=2e-3,
-        lr_final=1e-4,
-        warmup=0.02,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        ema=0.99,
-    )
-    cloner = Cloner(policy, logged, settings=DictConfig(settings), seed=0, device=torch.device("cpu"))
+    cloner = Cloner(policy, logged, settings=DictConfig(CLONING | dict(steps=700)), seed=0, device=torch.device("cpu"))
     cloner.train(700)
     return cloner.averaged.eval()
 

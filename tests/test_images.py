@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import toys
-from conftest import vec
+from conftest import CLONING, vec
 from gymnasium import spaces
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
@@ -139,8 +139,7 @@ def test_a_trace_holds_the_vectors():
 def test_a_policy_that_looks_learns_what_the_picture_shows():
     data, policy = demonstrations(200), looking(obs_steps=2)
     check_sizes(cameras(), data)
-    settings = dict(precision="fp32", padding="masked", steps=300, batch=64, lr=3e-3, lr_final=1e-4, warmup=0.02)
-    settings |= dict(weight_decay=0.0, max_grad_norm=1.0, ema=0.99)
+    settings = CLONING | dict(steps=300, batch=64, lr=3e-3)
     kept, held = data.split(0.1, seed=0)
     cloner = Cloner(policy, kept, settings=DictConfig(settings), seed=0, device=torch.device("cpu"))
     assert held is not None

@@ -96,7 +96,7 @@ class ChunkEnv(gym.Wrapper):
         except Exception as error:
             raise self._raised(error, "in its reset") from error
         first, self.fault = self.observe(obs), None
-        wrong = not_finite(self._stack([first]))
+        wrong = _not_finite(self._stack([first]))
         if wrong is not None:
             self.fault = f"{wrong[0]} is {wrong[2]} after a reset"
             first = next(iter(iterate(batch_space(self.single_space, 1), create_empty_array(self.single_space, 1))))
@@ -126,7 +126,7 @@ class ChunkEnv(gym.Wrapper):
                 self.done = True
                 break
         transition = self._transition(acts, observed, rews, bool(terminated), bool(truncated), infos)
-        wrong = not_finite(transition.next_obs) or not_finite(transition.rew, "the task's reward")
+        wrong = _not_finite(transition.next_obs) or _not_finite(transition.rew, "the task's reward")
         if wrong is None:
             try:
                 parts = self.reward.parts(transition)
@@ -206,7 +206,7 @@ class ChunkEnv(gym.Wrapper):
         return self._stack(list(self.history))
 
 
-def not_finite(values: Any, name: str = "the observation") -> tuple[str, int, float] | None:
+def _not_finite(values: Any, name: str = "the observation") -> tuple[str, int, float] | None:
     """The first of ``values`` [L, ...], an array or a dictionary of them, that is NaN or inf: of what, in which row, which."""
     for key, part in values.items() if isinstance(values, dict) else [(None, values)]:
         if part.dtype.kind != "f" or math.isfinite(np.add.reduce(part, None)):  # a fraction of the time of looking at each

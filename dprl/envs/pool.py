@@ -3,7 +3,6 @@
 Letters: N environments, Ta steps of a chunk, To observed steps, O observation dim, A action dim, M steps taken in all.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from gymnasium.vector.utils import batch_space
 
 from dprl.envs.chunk import said
 from dprl.envs.observe import Observe
+from dprl.envs.probe import cores
 from dprl.errors import UserError, found
 from dprl.rewards import NotFinite, Transition, WeightedSum
 
@@ -49,7 +49,7 @@ class ChunkPool:
         if id not in envpool.list_all_envs():
             raise found("task.env.id is none of EnvPool's", "an environment that it has", id, "task.env.backend=sync")
         limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
-        threads = min(num_envs, len(os.sched_getaffinity(0)))
+        threads = min(num_envs, cores())
         settings = dict(env_type="gymnasium", num_envs=num_envs, num_threads=threads, **limit, **kwargs)
 
         def make(seeds: Sequence[int]) -> Any:  # it wants them as signed numbers of 32 bits
@@ -75,6 +75,13 @@ class ChunkPool:
         self.seen = np.zeros((num_envs, obs_steps, *single.shape), np.float32)  # [N, To, O]
         self.before = np.zeros((num_envs, *actions.shape), np.float32)  # [N, A] the last action
         self.fresh, self.done = np.ones(num_envs, bool), np.ones(num_envs, bool)  # no action yet; ended or at rest
+
+    def try_out(self) -> None:
+        """One chunk, so that a mistake in the task or the reward is told before a run begins."""
+        self.reset()
+        *_, info = self.step(np.zeros((self.num_envs, *(self.single_action_space.shape or ())), np.float32))
+        if wrong := next((fault for fault in info["fault"] if fault), None):
+            raise found("what the environment tells is not finite", "numbers", wrong, "guard its divisions and logarithms")
 
     def reset(self, *, seed: Sequence[int] | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """As gymnasium's vectors with ``reset_mask``, and ``rest`` as a ``ChunkEnv``."""

@@ -6,30 +6,36 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from dprl.envs.chunk import ChunkEnv
+from dprl.envs.workers import Workers
 
 SECONDS = 0.3  # of stepping, for each backend
 LEAD = 1.2  # that processes must have to be worth their memory and their start
 taken: dict[str, Literal["sync", "async"]] = {}  # what was found out in this process, by task
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not every system tells
+
+
 def faster(make: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["sync", "async"]:
     """Steps one environment here, then one on each core in a process of its own, with random actions, and compares chunks a
     second. Both backends take the same steps, so which is chosen changes no number."""
-    cores = min(num_envs, len(os.sched_getaffinity(0)))
-    if cores == 1:
+    processes = min(num_envs, cores())
+    if processes == 1:
         return "sync"
     if name not in taken:
         here = rate(SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED))
-        apart = rate(AsyncVectorEnv([make] * cores, autoreset_mode=AutoresetMode.DISABLED))
+        apart = rate(Workers([make] * processes, timeout=None, restarts=0))
         taken[name] = "async" if apart > LEAD * here else "sync"
-        print(f"task.env.backend=auto: {taken[name]} ({here:.0f} chunks/s in this process, {apart:.0f} in {cores} others)")
+        print(f"task.env.backend=auto: {taken[name]} ({here:.0f} chunks/s in this process, {apart:.0f} in {processes} others)")
     return taken[name]
 
 
-def rate(envs: SyncVectorEnv | AsyncVectorEnv) -> float:
+def rate(envs: SyncVectorEnv | Workers) -> float:
     """Chunks a second."""
     envs.action_space.seed(0)
     envs.reset(seed=0)

@@ -152,7 +152,9 @@ def make_vec(
     if backend == "envpool":
         from dprl.envs.pool import ChunkPool
 
-        return VecEnv(ChunkPool(**chunk, num_envs=num_envs), **told)  # type: ignore[arg-type]
+        pool = ChunkPool(**chunk, num_envs=num_envs)  # type: ignore[arg-type]
+        pool.try_out()
+        return VecEnv(pool, **told)  # type: ignore[arg-type]
     makes = [partial(make_one, **chunk, trace=trace, index=i) for i in range(num_envs)]  # type: ignore[arg-type]
     _try_out(makes[0]())
     if backend == "auto":

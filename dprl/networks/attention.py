@@ -13,7 +13,7 @@ from dprl.errors import found
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, *, causal: bool = False, dropout: float) -> Tensor:
     """Attention of ``q`` [N, heads, T, W/heads] to ``k`` and ``v``, who sees which in ``seen``, with the heads joined: [N, T, W].
 
-    On a CPU always in float32: in bfloat16 the fused kernel is ten times slower.
+    On a CPU always in float32: there the fused kernel is far slower in bfloat16.
     """
     if q.device.type == "cpu":
         q, k, v = q.float(), k.float(), v.float()

@@ -84,7 +84,11 @@ class RankedActor(Wrapper):
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:
         select = self.explore if self.training else self.select
         act, value = self.pick(obs, self.policy.candidates(obs, self.n), select)
-        return act, {"value": value / self.critic.scale}
+        return act, {"value": value / self.critic.scale} if self.training else {}
+
+    def predict(self, obs: Obs, act: Tensor) -> Tensor:
+        """What the critic expects of ``act`` [N, Ta, A]: [N]."""
+        return self.critic.predict(obs, act)
 
     def candidates(self, obs: Obs, n: int) -> Tensor:
         """``n`` ranked chunks for each observation, for yet another actor to choose among: [N, n, Ta, A]."""

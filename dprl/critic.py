@@ -21,12 +21,14 @@ from dprl.normalize import MinMax, Obs
 from dprl.optim import polyak
 from dprl.policy import Actor, frozen
 
+ALL = slice(None)
+
 
 class Critic(nn.Module):
     """``members`` Qs, their average and a V, in environment units; it scales both sides as ``policy`` does.
 
     ``scale`` is what rewards are multiplied by before they are learned from, ``gamma`` their discount of an environment
-    step, ``steepness`` the mean length of Q's slope at logged chunks.
+    step, ``steepness`` the mean length of the slope at logged chunks.
     """
 
     scale: Tensor
@@ -50,42 +52,43 @@ class Critic(nn.Module):
         """V(s): [N, To, O] -> [N]."""
         return self.v(self.obs_norm(obs))
 
-    def encode(self, obs: Obs, *, target: bool = True) -> list[Tensor]:
-        """What every member makes of an observation alone."""
-        obs = self.obs_norm(obs)
-        return [q.encode(obs) for q in (self.target if target else self.q)]  # type: ignore[operator]
+    def slope(self, obs: Obs, norm: MinMax) -> Callable[[Tensor], Tensor]:
+        """The slope of the first member's target Q, as a function of chunks [N, n, Ta, A] in ``norm``'s units.
 
-    def slope(self, obs: Obs, members: int, norm: MinMax) -> Callable[[Tensor], Tensor]:
-        """The slope of the mean target Q of the first ``members``, as a function of chunks [N, n, Ta, A] in ``norm``'s units."""
-        conds, nets = self.encode(obs)[:members], list(self.target)[:members]
+        One member is enough to climb, and the others then tell by how much it deceives itself.
+        """
+        q: Any = self.target[0]
+        cond = q.encode(self.obs_norm(obs))
         gain, shift = norm.scale / self.act_norm.scale, (norm.offset - self.act_norm.offset) / self.act_norm.scale
-        if hasattr(nets[0], "slopes"):
-            each = nets[0].slopes(nets, conds, gain, shift)  # type: ignore[operator]
-            return lambda x: each(x).mean(0)
+        if hasattr(q, "slope"):
+            return q.slope(cond, gain, shift)
 
         def by_autograd(x: Tensor) -> Tensor:
             with torch.enable_grad():
                 at = x.detach().requires_grad_()
-                act = gain * at + shift
-                total = torch.stack([q(cond, act).sum() for q, cond in zip(nets, conds, strict=True)]).mean()
-                return torch.autograd.grad(total, at)[0]
+                return torch.autograd.grad(q(cond, gain * at + shift).sum(), at)[0]
 
         return by_autograd
 
     @torch.no_grad()
     def survey(self, obs: Obs, act: Tensor) -> None:
-        """Notes how steep Q is at logged chunks [N, Ta, A]."""
-        g = self.slope(obs, len(self.target), self.act_norm)(self.act_norm(act)[:, None])
+        """Notes how steep what guides is at logged chunks [N, Ta, A]."""
+        g = self.slope(obs, self.act_norm)(self.act_norm(act)[:, None])
         self.steepness.copy_(torch.linalg.vector_norm(g.flatten(1), dim=1).mean())
 
-    def values(self, obs: Obs, act: Tensor, *, target: bool = True) -> Tensor:
-        """Every member's Q of ``act`` [N, n, Ta, A]: [E, N, n]. The observation is encoded once."""
-        act, nets = self.act_norm(act), self.target if target else self.q
-        return torch.stack([q(cond, act) for q, cond in zip(nets, self.encode(obs, target=target), strict=True)])
+    def values(self, obs: Obs, act: Tensor, *, target: bool = True, members: slice = ALL) -> Tensor:
+        """The Q of ``act`` [N, n, Ta, A] of the ``members``: [E, N, n]. The observation is encoded once."""
+        nets: Any = (self.target if target else self.q)[members]
+        obs, act = self.obs_norm(obs), self.act_norm(act)
+        return torch.stack([q(q.encode(obs), act) for q in nets])
 
     def score(self, obs: Obs, act: Tensor) -> Tensor:
         """The least of the target members' Qs of ``act`` [N, n, Ta, A]: [N, n]."""
         return self.values(obs, act).amin(0)
+
+    def predict(self, obs: Obs, act: Tensor) -> Tensor:
+        """The return that it expects of ``act`` [N, Ta, A] and what follows, in the environment's units: [N]."""
+        return self.score(obs, act[:, None]).squeeze(1) / self.scale
 
     def follow(self, rate: float) -> None:
         """Moves the targets by ``rate`` towards the Qs (Polyak averaging)."""

@@ -78,7 +78,7 @@ def ranking(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str
 
 def guiding(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str], n: int) -> Callable[[], Any]:
     cfg, actor = composed("pretrain", pretrain), finetuning(finetune).algo.actor
-    return partial(textbook_rl.guided, policy_of(cfg), critics_of(cfg, actor.critic), observations(n, cfg), actor.scale)
+    return partial(textbook_rl.guided, policy_of(cfg), critics_of(cfg, actor.critic), observations(n, cfg), actor.scale, actor.start)
 
 
 def chain_of(cfg: DictConfig, actor: DictConfig) -> textbook.ChainPolicy:

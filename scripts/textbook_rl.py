@@ -156,17 +156,18 @@ def ranked(policy: Policy, critics: Critics, obs: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def guided(policy: Policy, critics: Critics, obs: Tensor, scale: float) -> Tensor:
-    """A chunk an observation, each clean estimate moved up the slope of the mean target Q, by autograd."""
+def guided(policy: Policy, critics: Critics, obs: Tensor, scale: float, start: int) -> Tensor:
+    """A chunk an observation, each clean estimate from step ``start`` on moved up the slope of the first target Q, by autograd."""
     obs = policy.normalize(obs)  # type: ignore[assignment]
     x = torch.randn(len(obs), policy.horizon, policy.act_dim)
     policy.scheduler.set_timesteps(policy.sample_steps)
-    for t in policy.scheduler.timesteps:
+    for i, t in enumerate(policy.scheduler.timesteps):
         clean = policy.predict(x, t, obs).clamp(-1, 1)
-        with torch.enable_grad():
-            at = clean.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(critics.values(critics.target, obs, at).mean(0).sum(), at)
-        length = slope.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
-        pushed = clean + 2 * scale * slope / length
-        x = policy.scheduler.step(pushed, t, x, **policy.step_arguments).prev_sample  # type: ignore[arg-type]
+        if i >= start:
+            with torch.enable_grad():
+                at = clean.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(critics.values(critics.target[:1], obs, at).sum(), at)  # type: ignore[arg-type]
+            length = slope.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
+            clean = clean + 2 * scale * slope / length
+        x = policy.scheduler.step(clean, t, x, **policy.step_arguments).prev_sample  # type: ignore[arg-type]
     return x * policy.act_range[1] + policy.act_range[0]

@@ -19,8 +19,8 @@ from dprl.diffusion import DiffusionPolicy
 from dprl.envs.collect import Collector
 from dprl.errors import UserError
 from dprl.guidance import GuidedActor
+from dprl.networks import slope
 from dprl.networks.critic import ChunkValue, NoisedValue, hidden
-from dprl.networks.slope import slopes
 from dprl.schedule import Schedule
 
 ENERGY = partial(NoisedValue, **NET, time_size=8)
@@ -181,15 +181,16 @@ def test_all_candidates_of_all_environments_in_one_call():
     inner = policy.denoiser.forward
     policy.denoiser.forward = lambda x, k, cond: calls.append(len(x)) or inner(x, k, cond)
     actor = guided(policy, candidates=5)
-    act, extra = actor(torch.randn(3, 1, 1))
-    assert act.shape == (3, 4, 1) and extra["value"].shape == (3,)
+    obs = torch.randn(3, 1, 1)
+    act, _ = actor(obs)
+    assert act.shape == (3, 4, 1) and actor.predict(obs, act).shape == (3,)
     assert calls == [15] * 8
 
 
 def test_the_member_that_ranks_does_not_guide():
     """Broken members must be heard where they are asked, and only there."""
     obs = torch.randn(2, 1, 1)
-    for broken, candidates, heard in ((1, 1, True), (0, 4, True), (1, 4, False)):
+    for broken, candidates, heard in ((0, 1, True), (0, 4, True), (1, 1, False), (1, 4, False)):
         actor = guided(diffusion(), candidates=candidates)
         with torch.no_grad():
             actor.critic.target[broken].chunk.weight.fill_(torch.nan)
@@ -206,7 +207,7 @@ def test_slopes_over_the_datas_mean_leave_flat_places_alone():
     actor, obs = guided(policy, normalize="data", start=9, scale=0.1), torch.zeros(3, 1, 1)
     steep = torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
     actor.critic.steepness.fill_(2.0)
-    actor.critic.slope = lambda obs, members, norm: lambda act: steep.unsqueeze(1)
+    actor.critic.slope = lambda obs, norm: lambda act: steep.unsqueeze(1)
     moved = plain(actor, obs) - plain(policy, obs)
     torch.testing.assert_close(moved, 0.2 * steep / 2.0, atol=1e-5, rtol=0)
     actor.limit = 0.05
@@ -219,9 +220,9 @@ def test_learning_surveys_the_steepness():
     critic, data = algo.actor.critic, algo.learner.data
     seen = data.sample(2000)
     at = critic.act_norm(seen["act"])[:, None].requires_grad_()
-    q = torch.stack([net(cond, at) for net, cond in zip(critic.target, critic.encode(seen["obs"]), strict=True)]).mean(0)
-    (slope,) = torch.autograd.grad(q.sum(), at)
-    assert float(critic.steepness) == pytest.approx(float(slope.flatten(1).norm(dim=1).mean()), rel=0.1)
+    first = critic.target[0]
+    (steep,) = torch.autograd.grad(first(first.encode(critic.obs_norm(seen["obs"])), at).sum(), at)
+    assert float(critic.steepness) == pytest.approx(float(steep.flatten(1).norm(dim=1).mean()), rel=0.1)
 
 
 @pytest.mark.parametrize("obs_steps", [1, 2])
@@ -238,25 +239,24 @@ def test_the_closed_form_slope_is_autograds(obs_steps):
 @pytest.mark.parametrize("activation", ["ReLU", "SiLU", "Mish", "GELU"])
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_every_rule_of_the_slope(activation, layer_norm):
-    nets = [nn.Sequential(*hidden(8, 3, activation, layer_norm), nn.Linear(8, 1)).double() for _ in range(2)]
-    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
-    for net in nets:
-        for parameter in net.parameters():
-            nn.init.normal_(parameter)
-    (expected,) = torch.autograd.grad(sum(net(part).sum() for net, part in zip(nets, x, strict=True)), x)
-    torch.testing.assert_close(slopes(nets)(x.detach()), expected)
+    net = nn.Sequential(*hidden(8, 3, activation, layer_norm), nn.Linear(8, 1)).double()
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    (expected,) = torch.autograd.grad(net(x).sum(), x)
+    torch.testing.assert_close(slope.of(list(net))(x.detach()), expected)
 
 
 def test_a_critic_without_a_closed_form_guides_by_autograd():
     class Plain(ChunkValue):
-        slopes = property()  # type: ignore[assignment]  as if it had none
+        slope = property()  # type: ignore[assignment]  as if it had none
 
     policy, obs = diffusion().eval(), torch.randn(3, 1, 1)
     torch.manual_seed(5)
     closed = guided(policy)
     torch.manual_seed(5)
     plain_q = guided(policy, critic=partial(CRITIC, q=partial(Plain, **NET)))
-    assert not hasattr(plain_q.critic.target[0], "slopes")
+    assert not hasattr(plain_q.critic.target[0], "slope")
     torch.testing.assert_close(plain(closed, obs), plain(plain_q, obs))
 
 

@@ -1,6 +1,6 @@
 """Critics. They read observations that the policy's normaliser has already scaled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,23 +76,20 @@ class ChunkValue(nn.Module):
         """``act`` [N, n, Ta, A], n chunks for each ``cond`` [N, W]: [N, n]."""
         return self.rest(self.chunk(act.flatten(2)) + cond[:, None]).squeeze(-1)
 
-    @staticmethod
-    def slopes(members: "Sequence[ChunkValue]", conds: Sequence[Tensor], gain: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
-        """dQ(gain x + shift) / dx by each of E ``members`` of one shape, without autograd, as a function of ``x`` [N, n, Ta, A]:
-        [E, N, n, Ta, A].
+    def slope(self, cond: Tensor, gain: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
+        """dQ(gain x + shift) / dx, without autograd, as a function of ``x`` [N, n, Ta, A], which it is shaped as.
 
-        ``conds`` [N, W] are what each made of the observation; ``gain`` and ``shift`` [A].
+        ``cond`` [N, W] is what ``encode`` made of the observation; ``gain`` and ``shift`` [A].
         """
-        rest = slope.slopes([[*q.rest[0], q.rest[1]] for q in members])  # type: ignore[misc]
-        weight = torch.stack([q.chunk.weight for q in members])  # [E, W, Ta A]
-        steps = weight.shape[-1] // len(gain)
-        cond = torch.stack(list(conds)) + (weight @ shift.repeat(steps))[:, None]  # [E, N, W]
-        weight = weight * gain.repeat(steps)  # gain and shift are a part of the first layer from here on
+        rest, weight = slope.of([*self.rest[0], self.rest[1]]), self.chunk.weight  # type: ignore[misc]
+        steps = weight.shape[1] // len(gain)
+        cond = cond + weight @ shift.repeat(steps)  # gain and shift are a part of the first layer from here on
+        weight = weight * gain.repeat(steps)  # [W, Ta A]
 
         def of(x: Tensor) -> Tensor:
-            rows = x.flatten(2).flatten(0, 1).expand(len(members), -1, -1)  # [E, N n, Ta A]
-            seen = cond if x.shape[1] == 1 else cond.repeat_interleave(x.shape[1], 1)
-            return torch.bmm(rest(torch.baddbmm(seen, rows, weight.mT)), weight).view(-1, *x.shape)
+            rows = x.flatten(2).flatten(0, 1)  # [N n, Ta A]
+            seen = cond if x.shape[1] == 1 else cond.repeat_interleave(x.shape[1], 0)
+            return (rest(torch.addmm(seen, rows, weight.T)) @ weight).view_as(x)
 
         return of
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dprl.diffusion import DiffusionPolicy, Guide, Step
 from dprl.errors import found
+from dprl.networks.inputs import each_level_once
 from dprl.normalize import Obs
 from dprl.policy import Wrapper, frozen, repeated
 from dprl.schedule import Schedule
@@ -71,8 +72,9 @@ class ChainActor(Wrapper):
 
     def chain(self, obs: Obs, each: int = 1, guide: Guide | None = None, **explore: Any) -> tuple[Tensor, list[Step]]:
         """Whole chains: where their tuned part starts, and its steps."""
-        x, cond = self.start(obs, each, guide), repeated(self.tuned.encode(obs), each)
-        return x, list(self.tuned.denoise(x, cond, range(self.first, len(self.tuned.schedule)), guide=guide, **explore))
+        with each_level_once():
+            x, cond = self.start(obs, each, guide), repeated(self.tuned.encode(obs), each)
+            return x, list(self.tuned.denoise(x, cond, range(self.first, len(self.tuned.schedule)), guide=guide, **explore))
 
     def candidates(self, obs: Obs, n: int, guide: Guide | None = None) -> Tensor:
         """``n`` chunks for each observation, without exploration: [N, n, Ta, A]."""
@@ -111,8 +113,9 @@ class ChainActor(Wrapper):
     def base_chain(self, obs: Obs) -> tuple[Tensor, Tensor]:
         """The tuned part of a fresh chain drawn by the base alone, exploring as the tuned policy does: [N, C+1, H, A];
         and the base's own means of its steps, [N*C, H, A]."""
-        x, cond = self.start(obs), self.base.encode(obs)
-        steps = range(self.first, len(self.base.schedule))
-        taken = list(self.base.denoise(x, cond, steps, min_std=self.min_std, noise_limit=self.noise_limit))
+        with each_level_once():
+            x, cond = self.start(obs), self.base.encode(obs)
+            steps = range(self.first, len(self.base.schedule))
+            taken = list(self.base.denoise(x, cond, steps, min_std=self.min_std, noise_limit=self.noise_limit))
         chain = torch.stack([x, *(step.x for step in taken)], 1)
         return chain, torch.stack([step.mean for step in taken], 1).flatten(0, 1)

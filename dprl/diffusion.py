@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dprl.conditioning import Returns
 from dprl.data.episodes import Episodes
+from dprl.networks.inputs import each_level_once
 from dprl.normalize import Obs
 from dprl.policy import ChunkPolicy, device_of, masked_mse, repeated
 from dprl.schedule import Predict, Schedule
@@ -135,7 +136,7 @@ class DiffusionPolicy(ChunkPolicy):
                 std = std.clamp(min=min_std)
             if noise_limit < float("inf"):
                 noise = noise.clamp(-noise_limit, noise_limit)
-            x = mean + std * noise
+            x = torch.addcmul(mean, std, noise)
             yield Step(x, mean, std)
 
     def prior(self, n: int) -> Tensor:
@@ -157,7 +158,8 @@ class DiffusionPolicy(ChunkPolicy):
         chains begin, ``keep`` records them."""
         x = self.prior(len(obs) * each) if noise is None else noise
         cond, steps = repeated(self.encode(obs), each), range(len(self.schedule))
-        xs = [x, *(step.x for step in self.denoise(x, cond, steps, guide=guide, min_std=min_std))]
+        with each_level_once():
+            xs = [x, *(step.x for step in self.denoise(x, cond, steps, guide=guide, min_std=min_std))]
         return Chain(self.to_env(xs[-1]), torch.stack(xs, 1) if keep else None)
 
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -77,18 +77,22 @@ class Schedule(nn.Module):
         tables |= dict(clean_x=a[levels], clean_pred=b[levels], mean_x=from_x, mean_clean=from_clean, std=std)  # by i: [S]
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
-        # one number each, for a step that is the same for all rows: on the CPU wherever the chunks are
+        # numbers, for a step that is the same for all rows
         single = () if alpha_bar.is_meta else ("clean_x", "clean_pred", "mean_x", "mean_clean")
-        self.by_step = {name: tables[name].float().unbind() for name in single}
+        self.by_step: dict[str, list[float]] = {name: tables[name].float().tolist() for name in single}
         self.register_buffer("levels", levels, persistent=False)
 
     def __len__(self) -> int:
         """Reverse steps taken."""
         return len(self.levels)
 
+    def _mixed(self, first: str, x: Tensor, second: str, y: Tensor, i: Tensor | int) -> Tensor:
+        """``first``[i] x + ``second``[i] y."""
+        if isinstance(i, int) and self.by_step:
+            return torch.add(self.by_step[first][i] * x, y, alpha=self.by_step[second][i])
+        return self._at(first, i, x) * x + self._at(second, i, y) * y
+
     def _at(self, table: str, index: Tensor | int, like: Tensor) -> Tensor:
-        if isinstance(index, int) and table in self.by_step:
-            return self.by_step[table][index]
         value = getattr(self, table)[index]
         return value.reshape(*value.shape, *[1] * (like.dim() - value.dim()))
 
@@ -106,9 +110,8 @@ class Schedule(nn.Module):
         """The clean chunk that ``pred`` implies before reverse step ``i``, an int or one a row [N]."""
         if self.predict == "clean":
             return pred
-        return self._at("clean_x", i, x) * x + self._at("clean_pred", i, x) * pred
+        return self._mixed("clean_x", x, "clean_pred", pred, i)
 
     def reverse(self, x: Tensor, x0: Tensor, i: Tensor | int) -> tuple[Tensor, Tensor]:
         """Mean, as ``x``, and standard deviation, broadcasting to it, of reverse step ``i`` (int, or [N] mixed)."""
-        mean = self._at("mean_x", i, x) * x + self._at("mean_clean", i, x) * x0
-        return mean, self._at("std", i, x)
+        return self._mixed("mean_x", x, "mean_clean", x0, i), self._at("std", i, x)

@@ -11,6 +11,7 @@ from dprl.chain import ChainActor
 from dprl.conditioning import Returns
 from dprl.errors import UserError
 from dprl.networks.dit import DiTDenoiser
+from dprl.networks.inputs import each_level_once
 from dprl.networks.mlp import MLPDenoiser
 from dprl.networks.transformer import TransformerDenoiser
 from dprl.networks.unet import Double, Norm, UNetDenoiser, Window
@@ -73,6 +74,21 @@ def test_an_observation_encoded_once_serves_many_rows_and_levels(name):
     net, (_, _, obs) = built(name), inputs()
     x, k = torch.randn(12, 6, 2), torch.arange(12) % 5
     torch.testing.assert_close(net(x, k, repeated(net.encode(obs), 3)), net(x, k, net.encode(repeated(obs, 3))), atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_levels_are_made_something_of_once_a_chain_and_anew_in_the_next(name):
+    net, (x, k, obs) = built(name), inputs()
+    cond = net.encode(obs)
+    with torch.no_grad():
+        alone = net(x, k[0], cond)
+        with each_level_once():
+            torch.testing.assert_close(net(x, k[0], cond), alone, atol=1e-5, rtol=1e-4)
+            net.table *= 2  # noticed by who looks
+            torch.testing.assert_close(net(x, k[0], cond), alone, atol=1e-5, rtol=1e-4)
+        with pytest.raises(ZeroDivisionError), each_level_once():
+            _ = 1 / 0
+        assert not torch.allclose(net(x, k[0], cond), alone, atol=1e-5, rtol=1e-4)
 
 
 @every

@@ -4,7 +4,9 @@ Letters: N batch, K noise levels.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import torch
@@ -23,13 +25,36 @@ def sinusoid(steps: int, size: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+class Kept(local):
+    """What was made of the K levels inside ``each_level_once``, by the table that it was made of."""
+
+    rows: dict[int, Tensor] | None = None
+
+
+KEPT = Kept()
+
+
+@contextmanager
+def each_level_once() -> Iterator[None]:
+    """For a chain of reverse steps, in which weights stay as they are: ``by_level`` asks its net once, for all levels."""
+    before, KEPT.rows = KEPT.rows, {}
+    try:
+        yield
+    finally:
+        KEPT.rows = before
+
+
 def by_level(net: Callable[[Tensor], Tensor], table: Tensor, k: Tensor) -> Tensor:
     """What ``net`` makes of the levels ``k`` in ``table`` [K, size]: [...] of one level for all rows, or [N, ...] of one a row.
 
     Of many, ``net`` sees each of the K levels once, and never a row twice.
     """
     # not [k]: the gradient of an index adds up in another order each time when there are several threads
-    return net(embedding(k, table)) if k.dim() == 0 else embedding(k, net(table))
+    if KEPT.rows is None:
+        return net(embedding(k, table)) if k.dim() == 0 else embedding(k, net(table))
+    if id(table) not in KEPT.rows:
+        KEPT.rows[id(table)] = net(table)
+    return embedding(k, KEPT.rows[id(table)])
 
 
 def vector(obs_shape: Any, reader: nn.Module) -> int:

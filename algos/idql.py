@@ -86,9 +86,9 @@ class RankedActor(Wrapper):
         act, value = self.pick(obs, self.policy.candidates(obs, self.n), select)
         return act, {"value": value / self.critic.scale} if self.training else {}
 
-    def predict(self, obs: Obs, act: Tensor) -> Tensor:
+    def promise(self, obs: Obs, act: Tensor) -> Tensor:
         """What the critic expects of ``act`` [N, Ta, A]: [N]."""
-        return self.critic.predict(obs, act)
+        return self.critic.promise(obs, act)
 
     def candidates(self, obs: Obs, n: int) -> Tensor:
         """``n`` ranked chunks for each observation, for yet another actor to choose among: [N, n, Ta, A]."""

@@ -28,7 +28,7 @@ class Critic(nn.Module):
     """``members`` Qs, their average and a V, in environment units; it scales both sides as ``policy`` does.
 
     ``scale`` is what rewards are multiplied by before they are learned from, ``gamma`` their discount of an environment
-    step, ``steepness`` the mean length of the slope at logged chunks.
+    step, ``steepness`` the mean length of Q's slope at logged chunks.
     """
 
     scale: Tensor
@@ -52,28 +52,24 @@ class Critic(nn.Module):
         """V(s): [N, To, O] -> [N]."""
         return self.v(self.obs_norm(obs))
 
-    def slope(self, obs: Obs, norm: MinMax) -> Callable[[Tensor], Tensor]:
-        """The slope of the first member's target Q, as a function of chunks [N, n, Ta, A] in ``norm``'s units.
-
-        One member is enough to climb, and the others then tell by how much it deceives itself.
-        """
-        q: Any = self.target[0]
-        cond = q.encode(self.obs_norm(obs))
+    def slope(self, obs: Obs, norm: MinMax, members: int) -> Callable[[Tensor], Tensor]:
+        """The slope of the mean target Q of the first ``members``, as a function of chunks [N, n, Ta, A] in ``norm``'s units."""
+        obs = self.obs_norm(obs)
         gain, shift = norm.scale / self.act_norm.scale, (norm.offset - self.act_norm.offset) / self.act_norm.scale
-        if hasattr(q, "slope"):
-            return q.slope(cond, gain, shift)
+        each = [_slope(q, q.encode(obs), gain, shift) for q in list(self.target)[:members]]  # type: ignore[operator]
 
-        def by_autograd(x: Tensor) -> Tensor:
-            with torch.enable_grad():
-                at = x.detach().requires_grad_()
-                return torch.autograd.grad(q(cond, gain * at + shift).sum(), at)[0]
+        def mean(x: Tensor) -> Tensor:
+            total = each[0](x)
+            for slope in each[1:]:
+                total += slope(x)
+            return total.div_(len(each))
 
-        return by_autograd
+        return mean
 
     @torch.no_grad()
     def survey(self, obs: Obs, act: Tensor) -> None:
-        """Notes how steep what guides is at logged chunks [N, Ta, A]."""
-        g = self.slope(obs, self.act_norm)(self.act_norm(act)[:, None])
+        """Notes how steep Q is at logged chunks [N, Ta, A]."""
+        g = self.slope(obs, self.act_norm, len(self.target))(self.act_norm(act)[:, None])
         self.steepness.copy_(torch.linalg.vector_norm(g.flatten(1), dim=1).mean())
 
     def values(self, obs: Obs, act: Tensor, *, target: bool = True, members: slice = ALL) -> Tensor:
@@ -86,13 +82,26 @@ class Critic(nn.Module):
         """The least of the target members' Qs of ``act`` [N, n, Ta, A]: [N, n]."""
         return self.values(obs, act).amin(0)
 
-    def predict(self, obs: Obs, act: Tensor) -> Tensor:
+    def promise(self, obs: Obs, act: Tensor) -> Tensor:
         """The return that it expects of ``act`` [N, Ta, A] and what follows, in the environment's units: [N]."""
         return self.score(obs, act[:, None]).squeeze(1) / self.scale
 
     def follow(self, rate: float) -> None:
         """Moves the targets by ``rate`` towards the Qs (Polyak averaging)."""
         polyak(self.target, self.q, rate)
+
+
+def _slope(q: Any, cond: Tensor, gain: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
+    """d q(cond, gain x + shift) / dx, as a function of x [N, n, Ta, A]: in closed form where ``q`` has one."""
+    if hasattr(q, "slope"):
+        return q.slope(cond, gain, shift)
+
+    def by_autograd(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            return torch.autograd.grad(q(cond, gain * at + shift).sum(), at)[0]
+
+    return by_autograd
 
 
 def expectile_loss(error: Tensor, expectile: float) -> Tensor:

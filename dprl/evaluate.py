@@ -134,7 +134,7 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
     episode = np.arange(n)  # [N] which episode each environment runs; past the last it rests
     returns, lengths, success = np.zeros(total), np.zeros(total, int), np.zeros(total, bool)
     info = {key: np.full(total, np.nan) for key in (*envs.info_keys, *envs.metrics)}
-    values = np.zeros(total) if hasattr(actor, "predict") else None  # of an actor that expects something of its chunks
+    values = np.zeros(total) if hasattr(actor, "promise") else None  # of an actor that expects something of its chunks
     gamma = getattr(actor, "discount", None)  # an actor that predicts returns says what it discounts them by
     discounted, powers = (None, 0.0) if gamma is None else (np.zeros(total), gamma ** np.arange(envs.act_steps))
     pieces: list[list[np.ndarray]] = [[] for _ in range(total)]
@@ -149,7 +149,7 @@ def _episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torch.de
         running = episode[live]
         first = live[lengths[running] == 0]
         if values is not None and len(first):
-            values[episode[first]] = actor.predict(seen[first], act[first]).cpu().numpy()  # type: ignore[operator]
+            values[episode[first]] = actor.promise(seen[first], act[first]).cpu().numpy()  # type: ignore[operator]
         step = envs.step(act.cpu().numpy())
         if discounted is not None:
             discounted[running] += gamma ** lengths[running] * (step.rew[live] @ powers)  # type: ignore[operator]

@@ -23,8 +23,9 @@ LARGEST = 1.0  # of a scale: a whole range of the actions, each step
 class GuidedActor(Wrapper):
     """Draws chunks from ``policy`` with each clean estimate moved by ``scale`` ranges of the actions up a slope.
 
-    ``value`` is a function; without it the slope is that of the critic's first member. ``jacobian: identity`` takes the slope at the clean
-    estimate, ``full`` through the denoiser (DPS); ``at: noised`` asks an energy of the noisy chunk instead (CEP).
+    ``value`` is a function; without it the slope is that of the mean of the critic's members. ``jacobian: identity`` takes the
+    slope at the clean estimate, ``full`` through the denoiser (DPS); ``at: noised`` asks an energy of the noisy chunk instead
+    (CEP).
     """
 
     def __init__(
@@ -95,12 +96,12 @@ class GuidedActor(Wrapper):
         if self.n == 1:
             return act[:, 0], {}
         assert self.critic is not None
-        q = self.critic.values(obs, act, members=slice(-1, None)).squeeze(0)  # [N, n] the first member guides, the last ranks
+        q = self.critic.values(obs, act, members=slice(-1, None)).squeeze(0)  # [N, n] of the one that does not guide
         return act[torch.arange(len(act), device=act.device), q.argmax(-1)], {}
 
-    def predict(self, obs: Obs, act: Tensor) -> Tensor:
+    def promise(self, obs: Obs, act: Tensor) -> Tensor:
         """What is promised of ``act`` [N, Ta, A]: [N]."""
-        return self.critic.predict(obs, act) if self.critic is not None else self.value(obs, act)  # type: ignore[misc, arg-type]
+        return self.critic.promise(obs, act) if self.critic is not None else self.value(obs, act)  # type: ignore[misc, arg-type]
 
     def candidates(self, obs: Obs, n: int) -> Tensor:
         """``n`` guided chunks for each observation, for another actor to choose among: [N, n, Ta, A]."""
@@ -149,7 +150,7 @@ class GuidedActor(Wrapper):
             return slope
         critic = self.critic
         assert critic is not None
-        up = critic.slope(obs, self.act_norm)
+        up = critic.slope(obs, self.act_norm, self.guides)
         before, after = self.obs_steps - 1, self.policy.horizon - self.obs_steps + 1 - self.act_steps  # steps not executed
 
         def of_critic(x0: Tensor, i: int) -> Tensor:
@@ -157,6 +158,12 @@ class GuidedActor(Wrapper):
             return nn.functional.pad(g, (0, 0, before, after)) if before or after else g
 
         return of_critic
+
+    @property
+    def guides(self) -> int:
+        """Members of the critic that guide, by their mean; where there is a choice to make, the last is kept to rank by."""
+        assert self.critic is not None
+        return len(self.critic.target) - (self.n > 1)
 
     @property
     def steepness(self) -> Tensor | None:
@@ -176,9 +183,9 @@ class GuidedActor(Wrapper):
                 return energy(cond, act, self.policy.schedule.levels[i]).flatten()
 
             return height
-        critic = self.critic
+        critic, guides = self.critic, self.guides
         assert critic is not None
-        return lambda x0, i: critic.values(obs, self.policy.to_env(x0).unflatten(0, (-1, n)), members=slice(1)).flatten()
+        return lambda x0, i: critic.values(obs, self.policy.to_env(x0).unflatten(0, (-1, n)), members=slice(guides)).mean(0).flatten()
 
     def through(self, estimate: Estimate, obs: Obs, x: Tensor, i: int, n: int) -> tuple[Tensor, Tensor]:
         """The estimate at ``x`` and the slope there by ``x``, through the denoiser (``jacobian: full``)."""

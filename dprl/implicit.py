@@ -75,6 +75,8 @@ class ImplicitPolicy(ChunkPolicy):
     The others: ``negatives`` uniform within +-``bound`` (normalised; a little beyond the data's range, so that its ends are
     not told by being ends), and ``langevin_negatives`` that ``langevin`` moved to where the energy is now low. An energy is of
     whole chunks, so the mask is not used: a chunk that ends early has its last action repeated, which is harmless.
+    ``steepness_weight`` of max(0, max_i |dE/dx_i| - ``steepness``)^2 at all of these keeps the energy from becoming a pit around
+    each demonstration, to which no slope leads (the paper's appendix B.2).
 
     Acting, ``samples`` uniform chunks are moved by ``inference``, "derivative_free" or "langevin", and one is drawn by
     softmax(-E). The paper takes that of lowest energy, which among equal modes is whichever is a little lower.
@@ -89,6 +91,8 @@ class ImplicitPolicy(ChunkPolicy):
         bound: float,
         negatives: int,
         langevin_negatives: int,
+        steepness: float,
+        steepness_weight: float,
         inference: str,
         samples: int,
         derivative_free: Search,
@@ -101,6 +105,7 @@ class ImplicitPolicy(ChunkPolicy):
             raise found("policy.inference names nothing", " or ".join(searches), inference, "policy.inference=langevin")
         self.search, self.langevin = searches[inference], langevin
         self.bound, self.negatives, self.langevin_negatives, self.samples = bound, negatives, langevin_negatives, samples
+        self.steepness, self.steepness_weight = steepness, steepness_weight
         self.obs = nn.Linear(self.obs_steps * vector(self.obs_shape, self), width)
         self.chunk = nn.Linear(self.horizon * self.act_dim, width, bias=False)
         self.trunk = trunk(width, layers, activation)
@@ -124,7 +129,13 @@ class ImplicitPolicy(ChunkPolicy):
         if self.langevin_negatives:
             fixed = cond.detach()
             chunks.append(self.langevin(lambda x: self.energy(fixed, x), self.uniform(n, self.langevin_negatives), self.bound))
-        return info_nce(self.energy(cond, torch.cat(chunks, 1)))
+        x = torch.cat(chunks, 1)
+        if not self.steepness_weight or not torch.is_grad_enabled():  # a validation
+            return info_nce(self.energy(cond, x))
+        energy = self.energy(cond, x.requires_grad_())
+        (slope,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        excess = (slope.abs().amax((-2, -1)) - self.steepness).relu()  # [N, J]
+        return info_nce(energy) + self.steepness_weight * excess.square().mean()
 
     @torch.no_grad()
     def forward(self, obs: Obs) -> tuple[Tensor, dict[str, Tensor]]:

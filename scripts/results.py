@@ -18,11 +18,14 @@ from dprl.files import read_json, replacing
 from dprl.report import interval, markdown, measure
 
 ROOT = Path(__file__).parent.parent
-NAMES = {
+TARGETS = {
     "mse": "MSE regression",
     "bc_noise": "BC, noise prediction",
     "bc_v": "BC, v prediction",
     "bc": "BC, clean-chunk prediction",
+}
+KINDS = {"mse": "MSE regression", "lstm_gmm": "LSTM-GMM", "implicit": "implicit BC", "bet": "BeT", "bc": "diffusion"}
+NAMES = TARGETS | {
     "dppo": "DPPO",
     "dppo_ways": "DPPO with the regulariser",
     "idql": "IDQL, offline then online",
@@ -35,6 +38,9 @@ NAMES = {
 }
 LONG = {"unet_small": "U-Net, small", "transformer_small": "transformer, small"}
 PUSHT = "pusht_keypoints"
+SHORT = {"short_unet_small": "diffusion (U-Net, small)", "short_regression": "MSE regression"}
+SHORT |= {"short_lstm_gmm": "LSTM-GMM", "short_implicit": "implicit BC", "short_bet": "BeT"}
+IMAGES = {"unet_image_small": "sees the picture", "blind": "does not"}
 DATA = {"medium_replay": "medium-replay", "medium": "medium"}  # endings that name the data a run learned from
 ORDER = list(NAMES)
 FIGURE = Path("docs/figures/performance.svg")
@@ -212,18 +218,6 @@ def ways_table(groups: dict, method: str) -> str:
     return markdown(rows, ["method", "seed", "success, 95 % CI", "ways used", "entropy, nats", "env steps"])
 
 
-def cloning_table(groups: dict) -> str:
-    """Success of each cloned policy along its training."""
-    rows = []
-    for (task, algo), results in groups.items():
-        for result in results:
-            if task == "avoid" and "tuned" not in result:
-                curve = ", ".join(f"{100 * point['evaluation/success']:.0f}" for point in result["curve"])
-                ways = str(result["bc"]["modes"]["count"])
-                rows.append([NAMES[algo], str(result["seed"]), curve, measure(result["bc"]), ways])
-    return markdown(rows, ["policy", "seed", "success % along training", "success at the end, 95 % CI", "ways used"])
-
-
 def chaos_table() -> str:
     """Disturbances survived, a row a fault and program."""
     path = ROOT / "results" / "chaos.json"
@@ -254,13 +248,17 @@ def main() -> None:
     tables = {
         "README.md": {"results": main_table(groups, ("mse", "dppo"))},
         "docs/cloning.md": {
-            "results": cloning_table(groups),
+            "results": results_policies.solving(groups, "avoid", TARGETS),
+            "compared": results_policies.solving(groups, "avoid", KINDS, cost=True),
+            "ways": results_policies.ways(),
             "looking": swept_table("halfcheetah-bc_medium-0"),
         },
         "docs/pusht.md": {
             "results": results_policies.runs(groups, PUSHT, LONG),
             "steps": results_policies.acting(f"{PUSHT}-unet_small-0", "act_steps"),
             "levels": results_policies.acting(f"{PUSHT}-unet_small-0", "schedule.sample_steps", "schedule.eta"),
+            "compared": results_policies.runs(groups, PUSHT, SHORT),
+            "images": results_policies.runs(groups, "pusht_image", IMAGES),
         },
         "docs/idql.md": {
             "results": offline_table(groups),

@@ -157,7 +157,7 @@ def ranked(policy: Policy, critics: Critics, obs: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def guided(policy: Policy, critics: Critics, obs: Tensor, scale: float, start: int) -> Tensor:
-    """A chunk an observation, each clean estimate from step ``start`` on moved up the slope of the first target Q, by autograd."""
+    """A chunk an observation, each clean estimate from step ``start`` on moved up the slope of the mean target Q, by autograd."""
     obs = policy.normalize(obs)  # type: ignore[assignment]
     x = torch.randn(len(obs), policy.horizon, policy.act_dim)
     policy.scheduler.set_timesteps(policy.sample_steps)
@@ -166,7 +166,7 @@ def guided(policy: Policy, critics: Critics, obs: Tensor, scale: float, start: i
         if i >= start:
             with torch.enable_grad():
                 at = clean.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(critics.values(critics.target[:1], obs, at).sum(), at)  # type: ignore[arg-type]
+                (slope,) = torch.autograd.grad(critics.values(critics.target, obs, at).mean(0).sum(), at)
             length = slope.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
             clean = clean + 2 * scale * slope / length
         x = policy.scheduler.step(clean, t, x, **policy.step_arguments).prev_sample  # type: ignore[arg-type]

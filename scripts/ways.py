@@ -73,7 +73,8 @@ def draw(shown: dict[str, Evaluation], out: Path) -> dict[str, Any]:
         report.paths(axis, evaluation, columns=PATH, field=avoid.draw)
         numbers[name] = summary = evaluation.summary("route")
         modes = summary["modes"]
-        axis.set_title(f"{name}: {100 * summary['success']:.0f} %, {modes['count']} ways, {abs(modes['entropy']):.2f} nats", fontsize=9)
+        ways = f"{modes['count']} way{'s' if modes['count'] != 1 else ''}"
+        axis.set_title(f"{name}: {100 * summary['success']:.0f} %, {ways}, {abs(modes['entropy']):.2f} nats", fontsize=9)
     report.save(figure, out / "ways.png")
     return numbers
 

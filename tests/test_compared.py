@@ -25,7 +25,7 @@ SMALL = {
     ),
     "implicit": partial(
         ImplicitPolicy, width=64, layers=3, activation="ReLU", bound=1.05, negatives=8, langevin_negatives=4, inference="langevin",
-        samples=32, derivative_free=FREE, langevin=SLOPES,
+        steepness=1.0, steepness_weight=0.0, samples=32, derivative_free=FREE, langevin=SLOPES,
     ),
     "bet": partial(BeTPolicy, bins=4, width=32, layers=1, heads=2, dropout=0.0, focal_gamma=2.0, offset_weight=10.0),
 }  # fmt: skip
@@ -160,6 +160,18 @@ def test_the_energy_is_asked_about_the_true_chunk_and_every_negative():
     assert chunks.shape[1] == 13
     assert float(chunks[:, 9:].detach().sum((2, 3)).mean()) < float(chunks[:, 1:9].sum((2, 3)).mean()) - 2  # moved downhill
     assert float(chunks.abs().max()) <= 1.05
+
+
+def test_what_is_steeper_than_it_may_be_is_punished():
+    policy = small("implicit", act_dim=2, horizon=3, langevin_negatives=0, steepness=2.0, steepness_weight=0.5)
+    policy.energy = lambda cond, x: 5 * x[..., 0, 0] - 3 * x[..., 2, 1] + 0 * cond.sum()  # the steepest number counts
+    args = torch.zeros(4, 1, 1), torch.rand(4, 3, 2), torch.ones(4, 3, dtype=torch.bool)
+    torch.manual_seed(3)
+    punished = policy.loss(*args).detach()
+    torch.manual_seed(3)
+    with torch.no_grad():  # as in a validation
+        alone = policy.loss(*args)
+    assert float(punished - alone) == pytest.approx(0.5 * (5 - 2) ** 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("search", [FREE, SLOPES], ids=["derivative free", "langevin"])

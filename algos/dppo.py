@@ -24,6 +24,7 @@ from dprl.log import Sums
 from dprl.normalize import Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
 from dprl.policy import device_of
+from dprl.precision import arithmetic
 from dprl.returns import ReturnScale, chunk_rewards, discounts
 
 
@@ -95,6 +96,7 @@ class DPPO:
         normalize_advantages: bool,
         bc_weight: float,
         bc_discount: float,
+        precision: str,
     ):
         for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
             if value < 1:
@@ -129,6 +131,7 @@ class DPPO:
         self.bc_share = bc_discount ** torch.arange(steps, device=device)  # [C], 1 at the noisiest tuned step
         self.normalize_advantages = normalize_advantages
         self.scale = ReturnScale(gamma) if scale_rewards else None
+        self.arithmetic = arithmetic(precision, device)
         self.iteration = 0
 
     def progress(self, collect: Collect) -> float:
@@ -146,7 +149,8 @@ class DPPO:
                 set_lr(optimizer, warmup_cosine(progress, **rate))
             self.actor.min_std = self.min_std[0] + (self.min_std[1] - self.min_std[0]) * progress
             self.actor.train()
-            rollout = collect(self.actor, self.chunks)
+            with self.arithmetic:  # as the update scores, so that the first ratio is 1
+                rollout = collect(self.actor, self.chunks)
             batch, metrics = self.advantages(rollout)
             metrics |= self.update(batch)
             self.iteration += 1
@@ -220,10 +224,12 @@ class DPPO:
         adv = rows["adv"]
         if self.normalize_advantages:
             adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
-        logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
+        with self.arithmetic:
+            logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
         loss, parts = policy_loss(logp, rows["logp"], adv[:, None] * self.discount, self.clip)
         if self.bc_weight:
-            bc = self.bc_loss(rows["obs"])
+            with self.arithmetic:
+                bc = self.bc_loss(rows["obs"])
             loss = loss + self.bc_weight * bc
             parts["bc_loss"] = bc.detach()
         parts["grad_norm"] = descend(self.actor_optimizer, loss, max_norm=self.max_grad_norm, batch=rows)

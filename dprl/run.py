@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dprl import checkpoint, rng, trust
+from dprl import checkpoint, cores, rng, trust
 from dprl.errors import UserError, found
 from dprl.files import FULL, read_mapping, replacing
+from dprl.precision import settled
 from dprl.versions import versions
 
 LARGEST = 2**32  # that a count or a seed may not reach
@@ -36,6 +37,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         "config": plain(cfg),
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        **computing(cfg),
     }
 
 
@@ -173,11 +175,20 @@ def limits(cfg: DictConfig) -> dict[str, Any]:
 
 
 def prepare(cfg: DictConfig) -> torch.device:
-    """Seeds everything, sets torch's threads and picks the device."""
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+    """Seeds everything, sets torch's threads, picks the device, and says what they are."""
+    threads = cfg.threads or cores.threads()
+    if threads not in (None, torch.get_num_threads()):
+        torch.set_num_threads(threads)
     rng.seed(cfg.seed)
-    return pick_device(cfg.device)
+    device = pick_device(cfg.device)
+    print(f"{device}, {torch.get_num_threads()} threads", *computing(cfg, device).values(), sep=", ")
+    return device
+
+
+def computing(cfg: DictConfig, device: torch.device | None = None) -> dict[str, str]:
+    """The precision that the program's updates compute in, ``auto`` settled; nothing of an algorithm that has no choice."""
+    asked = OmegaConf.select(cfg, "train.precision") or OmegaConf.select(cfg, "algo.precision")
+    return {"precision": settled(asked, device or pick_device(cfg.device))} if asked else {}
 
 
 def _compare(folder: Path, saved: dict, given: dict) -> None:

@@ -48,6 +48,7 @@ SETTINGS = dict(
     normalize_advantages=True,
     bc_weight=0.0,
     bc_discount=1.0,
+    precision="fp32",
 )
 
 

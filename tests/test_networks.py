@@ -261,7 +261,7 @@ def test_bfloat16_computes_nearly_the_same(name):
         rounded = net(x, k, net.encode(obs))
     error = (rounded.float() - exact).norm() / exact.norm()
     assert 0 < error < 0.03
-    with pytest.raises(UserError, match="fp32 or bf16"):
+    with pytest.raises(UserError, match="fp32, bf16 or auto"):
         arithmetic("bf17", torch.device("cpu"))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
+from dprl.cores import cores
 from dprl.envs.chunk import said
 from dprl.envs.observe import Observe
-from dprl.envs.probe import cores
 from dprl.errors import UserError, found
 from dprl.rewards import NotFinite, Transition, WeightedSum
 

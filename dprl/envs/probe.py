@@ -1,6 +1,5 @@
 """Which backend of the environments is faster here: measured, since it depends on the task, the machine and the chunk."""
 
-import os
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -8,17 +7,13 @@ from typing import Literal
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from dprl.cores import cores
 from dprl.envs.chunk import ChunkEnv
 from dprl.envs.workers import Workers
 
 SECONDS = 0.3  # of stepping, for each backend
 LEAD = 1.2  # that processes must have to be worth their memory and their start
 taken: dict[str, Literal["sync", "async"]] = {}  # what was found out in this process, by task
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not every system tells
 
 
 def faster(make: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["sync", "async"]:

@@ -1,0 +1,195 @@
+"""What bfloat16 does to DPPO: its ratios, its gradients, its time and what it learns. Writes benchmarks/precision.json.
+
+python scripts/precision.py runs/avoid-bc-0 runs/hopper-bc-0           # noise, gradients and CPU time, of a cloned policy each
+python scripts/precision.py runs/avoid-bc-0 --seeds 6                  # what it learns in either precision: six runs each
+python scripts/results.py                                              # brings docs/performance.md up to date
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_rows import ROOT, composed
+from torch import Tensor, nn
+
+from algos.dppo import DPPO, policy_loss, value_loss
+from dprl import checkpoint, rng, setup
+from dprl.envs.collect import Collector
+from dprl.evaluate import evaluate
+from dprl.files import read_json, write_json
+from dprl.precision import arithmetic
+from dprl.timing import interleaved_seconds
+from dprl.versions import versions
+
+OUT = ROOT / "benchmarks" / "precision.json"
+CPU = torch.device("cpu")
+FP32, BF16 = (arithmetic(name, CPU) for name in ("fp32", "bf16"))
+
+
+def started(run: str, *overrides: str, seed: int = 0) -> tuple[Any, DPPO, Collector]:
+    """DPPO from a cloned policy, by the task's settings, and what collects for it."""
+    start = checkpoint.load(run)
+    cfg = composed("finetune", (f"task={start.task}", "algo=dppo", "name=precision", *overrides))
+    rng.seed(seed)
+    envs = setup.environments(cfg, start.actor, num_envs=cfg.num_envs, seeded=False, reward=setup.reward(cfg))
+    collector = Collector(envs, device=CPU)
+    collector.reset(seed)
+    return cfg, setup.construct(cfg.algo, "algo", policy=start.actor), collector
+
+
+def gradient(module: nn.Module, loss: Tensor) -> Tensor:
+    parameters = list(module.parameters())
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters, materialize_grads=True)])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.cosine_similarity(a, b, dim=0))
+
+
+def numbers(log_ratio: Tensor, clip: Tensor) -> dict[str, Any]:
+    """Of log-ratios [N, C] that are all 0 if computed exactly."""
+    return {
+        "rms": float(log_ratio.square().mean().sqrt()),
+        "bias": float(log_ratio.mean()),
+        "rms_by_step": log_ratio.square().mean(0).sqrt().tolist(),
+        "clipped": float(((log_ratio.exp() - 1).abs() > clip).float().mean()),
+        "exact": float((log_ratio == 0).float().mean()),
+    }
+
+
+class Probe:
+    """A policy that DPPO has tuned for a few iterations in float32, with the data of the next one."""
+
+    def __init__(self, run: str, iterations: int):
+        self.cfg, self.algo, collector = started(run, "algo.env_steps=1000000000")
+        self.run = run
+        for _ in zip(range(iterations), self.algo.train(collector), strict=False):
+            pass
+        self.actor = self.algo.actor
+        self.batch, _ = self.algo.advantages(collector(self.actor, self.algo.chunks))
+        first, second, *_ = torch.randperm(len(self.batch)).split(self.algo.batch)
+        self.rows: Any = self.batch[first]
+        self.others: Any = self.batch[second]
+        collector.envs.close()
+
+    def score(self, rows: Any, context: Any) -> Tensor:
+        with context:
+            return self.actor.score(rows["obs"], rows["chain"])
+
+    def policy_gradient(self, rows: Any, context: Any, old: Tensor | None = None) -> Tensor:
+        """Of the loss as the update has it; ``old`` log-probabilities None: its own, so that every ratio is 1."""
+        logp, adv = self.score(rows, context), rows["adv"]
+        adv = ((adv - adv.mean()) / (adv.std(correction=0) + 1e-8))[:, None] * self.algo.discount
+        loss, _ = policy_loss(logp, logp.detach() if old is None else old, adv, self.algo.clip)
+        return gradient(self.actor.tuned, loss)
+
+    def critic_gradient(self, context: Any) -> Tensor:
+        with context:
+            value = self.algo.value(self.rows["obs"])
+        return gradient(self.algo.critic, value_loss(value.float(), self.rows["value"], self.rows["target"], None))
+
+    def ratios(self) -> dict[str, Any]:
+        """Log-ratios before any update: drawn and scored in bf16, and drawn in float32 but scored in bf16."""
+        with torch.no_grad():
+            mixed = self.score(self.rows, BF16) - self.rows["logp"]
+            with BF16:
+                _, drawn = self.actor(self.rows["obs"][: self.cfg.num_envs])  # so many are drawn at a time
+                same = self.actor.score(self.rows["obs"][: self.cfg.num_envs], drawn["chain"]) - drawn["logp"]
+        return {"both": numbers(same, self.algo.clip), "scored": numbers(mixed, self.algo.clip)}
+
+    def gradients(self) -> dict[str, float]:
+        """Cosines with the gradient in float32 of the same minibatch; of another minibatch, to compare with."""
+        exact = self.policy_gradient(self.rows, FP32)
+        return {
+            "policy": cosine(exact, self.policy_gradient(self.rows, BF16)),
+            "policy_mixed": cosine(exact, self.policy_gradient(self.rows, BF16, self.rows["logp"])),
+            "another_minibatch": cosine(exact, self.policy_gradient(self.others, FP32)),
+            "critic": cosine(self.critic_gradient(FP32), self.critic_gradient(BF16)),
+        }
+
+    def seconds(self, repeats: int, least: float) -> dict[str, dict[str, float]]:
+        """CPU time of a policy step without its optimizer's, and of a chunk for every environment."""
+
+        def drawing(context: Any) -> Callable[[], Any]:
+            def work() -> None:
+                with torch.no_grad(), context:
+                    self.actor(self.rows["obs"][: self.cfg.num_envs])
+
+            return work
+
+        works = {
+            "update": [lambda c=context: self.policy_gradient(self.rows, c) for context in (FP32, BF16)],
+            "critic": [lambda c=context: self.critic_gradient(c) for context in (FP32, BF16)],
+            "chunks": [drawing(context) for context in (FP32, BF16)],
+        }
+        return {
+            name: dict(zip(("fp32", "bf16"), interleaved_seconds(pair, repeats=repeats, least=least, clock=time.process_time), strict=True))
+            for name, pair in works.items()
+        }
+
+    def after(self) -> dict[str, float]:
+        """Log-ratios once an iteration has been learned from, in bf16 beside the exact ones."""
+        old = {name: self.score(self.rows, context).detach() for name, context in (("fp32", FP32), ("bf16", BF16))}
+        self.algo.update(self.batch)
+        moved = {name: self.score(self.rows, context).detach() - old[name] for name, context in (("fp32", FP32), ("bf16", BF16))}
+        out = {"rms": moved["fp32"].square().mean().sqrt(), "error": (moved["bf16"] - moved["fp32"]).square().mean().sqrt()}
+        out |= {f"clipped_{name}": ((ratio.exp() - 1).abs() > self.algo.clip).float().mean() for name, ratio in moved.items()}
+        return {name: float(value) for name, value in out.items()}
+
+
+def measured(run: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The entry of a task."""
+    probe = Probe(run, options.iterations)
+    out: dict[str, Any] = {"weights": sum(p.numel() for p in probe.actor.tuned.parameters()), "states": len(probe.rows)}
+    out |= {"clip": float(probe.algo.clip.min()), "ratios": probe.ratios(), "cosines": probe.gradients()}
+    return out | {"seconds": probe.seconds(options.repeats, options.least), "after": probe.after()}
+
+
+def learned(run: str, precision: str, seed: int, env_steps: int) -> dict[str, Any]:
+    """A run of DPPO: what the episodes that it trained on brought, and what it acts like at the end."""
+    cfg, algo, collector = started(run, f"algo.env_steps={env_steps}", f"algo.precision={precision}", seed=seed)
+    begun, curve = time.process_time(), []
+    for _ in algo.train(collector):
+        told = collector.metrics()
+        curve.append(told.get("train/success", told["train/return"]))
+    seconds = time.process_time() - begun
+    collector.envs.close()
+    envs = setup.environments(cfg, algo.actor.tuned, num_envs=cfg.evaluation.num_envs)
+    settings = cfg.evaluation
+    score = evaluate(algo.actor, envs, range(settings.seed, settings.seed + settings.episodes)).score()
+    envs.close()
+    return {"precision": precision, "seed": seed, "env_steps": collector.env_steps, "seconds": seconds, "curve": curve, "score": score}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="of pretrain.py, a task each")
+    parser.add_argument("--seeds", type=int, default=0, help="measure learning instead, by so many runs in each precision")
+    parser.add_argument("--env-steps", type=int, default=130_000, help="of each of those")
+    parser.add_argument("--iterations", type=int, default=3, help="of DPPO in float32 before gradients are compared")
+    parser.add_argument("--repeats", type=int, default=5, help="timings; the median counts")
+    parser.add_argument("--least", type=float, default=0.1, help="seconds of a timing")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # CPU time counts
+    result = read_json(options.out) if options.out.is_file() else {"versions": versions(), "threads": 1, "tasks": {}}
+    for run in options.runs:
+        entry = result["tasks"].setdefault(checkpoint.load(run).task, {})
+        if not options.seeds:
+            entry |= measured(run, options)
+            write_json(options.out, result)
+        for seed in range(options.seeds):
+            for precision in ("fp32", "bf16"):
+                done = entry.setdefault("learning", [])
+                if any((each["precision"], each["seed"]) == (precision, seed) for each in done):
+                    continue  # goes on where it was cut off
+                done.append(learned(run, precision, seed, options.env_steps))
+                write_json(options.out, result)
+                print({key: value for key, value in done[-1].items() if key != "curve"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@ class Algorithm(Protocol):
     """Built from ``configs/algo/<name>.yaml`` with ``policy``, the module that ``policy_from`` names.
 
     Its yaml has a node ``actor`` that builds ``actor`` from a policy; the checkpoint keeps that node, with the policy's
-    own node inside, and so reloads the tuned policy as exactly itself. A setting ``<name>_from`` that names a checkpoint is
-    pointed to the run's own copy of it when the run is resumed.
+    own node inside, and so reloads the tuned policy as exactly itself. A setting ``precision`` is one of ``dprl.precision``'s;
+    one ``<name>_from`` that names a checkpoint is pointed to the run's own copy of it when the run is resumed.
     """
 
     actor: nn.Module

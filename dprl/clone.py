@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dprl import checkpoint, report, rng, run, setup, signals
+from dprl.compiling import compiled
 from dprl.data.episodes import Episodes
 from dprl.data.offline import check_actions, check_sizes
 from dprl.data.windows import Order, Windows
@@ -140,6 +141,8 @@ def clone(cfg: DictConfig, overrides: list[str]) -> Path:
     kept, held = episodes.split(cfg.train.validation, cfg.seed)
     del episodes  # with images it is large, and split into a copy
     policy: ChunkPolicy = setup.construct(node, "policy").to(device)
+    if cfg.compile:
+        compiled(policy)
     envs, modes = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs), setup.modes(cfg)
     for part in (kept, *([held] if held else [])):
         check_sizes(envs, part)

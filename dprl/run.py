@@ -181,7 +181,8 @@ def prepare(cfg: DictConfig) -> torch.device:
         torch.set_num_threads(threads)
     rng.seed(cfg.seed)
     device = pick_device(cfg.device)
-    print(f"{device}, {torch.get_num_threads()} threads", *computing(cfg, device).values(), sep=", ")
+    count = torch.get_num_threads()
+    print(device, f"{count} thread{'s' * (count > 1)}", *computing(cfg, device).values(), sep=", ")
     return device
 
 

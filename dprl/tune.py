@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dprl import checkpoint, report, rng, run, setup, signals
 from dprl.algorithm import Algorithm
+from dprl.compiling import compiled
 from dprl.envs.collect import Collector
 from dprl.envs.vector import VecEnv, check_fits
 from dprl.errors import found
@@ -184,6 +185,8 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
     finals = final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes)
     with collector.clock("evaluation"):
         before = evaluate(policy, envs, finals)
+    if cfg.compile:
+        compiled(policy)
 
     def fill(folder: Path) -> None:
         checkpoint.save(folder / "base", policy, node=start.node, task=start.task, trainer={})

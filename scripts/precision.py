@@ -2,10 +2,12 @@
 
 python scripts/precision.py runs/avoid-bc-0 runs/hopper-bc-0           # noise, gradients and CPU time, of a cloned policy each
 python scripts/precision.py runs/avoid-bc-0 --seeds 6                  # what it learns in either precision: six runs each
+python scripts/precision.py --compile                                  # what torch.compile brings
 python scripts/results.py                                              # brings docs/performance.md up to date
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 
 import torch
 from bench_rows import ROOT, composed
+from benchmark import machine
 from torch import Tensor, nn
 
 from algos.dppo import DPPO, policy_loss, value_loss
 from dprl import checkpoint, rng, setup
+from dprl.compiling import compiled
 from dprl.envs.collect import Collector
 from dprl.evaluate import evaluate
 from dprl.files import read_json, write_json
@@ -26,6 +30,7 @@ from dprl.versions import versions
 
 OUT = ROOT / "benchmarks" / "precision.json"
 CPU = torch.device("cpu")
+COMPILED = {"MLP, 256 wide": (), "MLP, 512 wide": ("width=512",), "U-Net, small": ("policy=unet_small",)}
 FP32, BF16 = (arithmetic(name, CPU) for name in ("fp32", "bf16"))
 
 
@@ -164,9 +169,41 @@ def learned(run: str, precision: str, seed: int, env_steps: int) -> dict[str, An
     return {"precision": precision, "seed": seed, "env_steps": collector.env_steps, "seconds": seconds, "curve": curve, "score": score}
 
 
+def compilation(label: str, precision: str, overrides: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
+    """CPU time of a cloning step without its optimizer's, as it is and compiled, and of compiling it."""
+    cfg = composed("pretrain", ("task=avoid", "policy.obs_shape=[20]", "policy.act_dim=2", *overrides))
+    rng.seed(0)
+    policy, context = setup.construct(cfg.policy, "policy").train(), arithmetic(precision, CPU)
+    obs, act = torch.randn(cfg.train.batch, policy.obs_steps, 20), torch.rand(cfg.train.batch, policy.horizon, 2)
+    mask = torch.ones(act.shape[:2], dtype=torch.bool)
+
+    def work(call: Any) -> None:
+        policy.denoiser._compiled_call_impl = call
+        with context:
+            loss = policy.loss(obs, act, mask)
+        gradient(policy, loss)
+
+    work(None)
+    begun = spent()
+    compiled(policy)
+    call = policy.denoiser._compiled_call_impl
+    work(call)
+    out = {"policy": label, "precision": precision, "compiling": spent() - begun}
+    pair = [lambda: work(None), lambda: work(call)]
+    plain, faster = interleaved_seconds(pair, repeats=options.repeats, least=options.least, clock=time.process_time)
+    return out | {"plain": plain, "compiled": faster}
+
+
+def spent() -> float:
+    """CPU time of this process and of those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="of pretrain.py, a task each")
+    parser.add_argument("runs", nargs="*", help="of pretrain.py, a task each")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too, on new policies")
     parser.add_argument("--seeds", type=int, default=0, help="measure learning instead, by so many runs in each precision")
     parser.add_argument("--env-steps", type=int, default=130_000, help="of each of those")
     parser.add_argument("--iterations", type=int, default=3, help="of DPPO in float32 before gradients are compared")
@@ -175,7 +212,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(1)  # CPU time counts
-    result = read_json(options.out) if options.out.is_file() else {"versions": versions(), "threads": 1, "tasks": {}}
+    result = read_json(options.out) if options.out.is_file() else {"machine": machine(1), "versions": versions(), "tasks": {}}
+    for label, overrides in COMPILED.items() if options.compile else ():
+        for precision in ("fp32", "bf16"):
+            result.setdefault("compile", []).append(compilation(label, precision, overrides, options))
+            write_json(options.out, result)
+            print(result["compile"][-1], flush=True)
     for run in options.runs:
         entry = result["tasks"].setdefault(checkpoint.load(run).task, {})
         if not options.seeds:

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from results/*.json, and what benchmarks/latest.json tells.
+"""Writes the tables of README.md and docs/ from results/*.json, and what benchmarks/*.json tell.
 
 python scripts/results.py            # rewrites what stands between the markers
 python scripts/results.py --check    # status 1 if a table is out of date
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import bench_precision
 import bench_table
 import results_policies
 
@@ -242,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
     check = parser.parse_args().check
-    groups, speed = load(), read_json(ROOT / "benchmarks" / "latest.json")
+    groups, (speed, rounding) = load(), (read_json(ROOT / "benchmarks" / f"{name}.json") for name in ("latest", "precision"))
     picture = f"![How many times better than the textbook and than the reference]({FIGURE.relative_to('docs')})\n"
     picture = picture if bench_table.compared(speed) else ""
     tables = {
@@ -276,7 +277,8 @@ def main() -> None:
             "ways": ways_table(groups, "guided_clear"),
         },
         "docs/trust.md": {"chaos": chaos_table()},
-        "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)},
+        "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)}
+        | bench_precision.tables(rounding),
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},
     }
     for name, parts in tables.items():

@@ -161,6 +161,8 @@ BAD |= {  # numbers
     "all episodes held out": (["pretrain.py", "train.validation=1"], ["train.validation"]),
     "no gradient": (["pretrain.py", "train.max_grad_norm=0"], ["train.max_grad_norm"]),
     "an unknown precision": (["pretrain.py", "train.precision=fp8"], ["precision", "fp8"]),
+    "an unknown precision of an algorithm": (["finetune.py", "algo.precision=fp8"], ["precision", "fp8"]),
+    "compiling what has no denoiser": (["pretrain.py", "policy=regression", "compile=true"], ["compile=true", "a diffusion policy"]),
     "an unknown padding": (["pretrain.py", "train.padding=zeros"], ["train.padding", "zeros"]),
     "episodes too short": (["pretrain.py", "data.path=brief.hdf5", "train.padding=repeated", "policy.act_steps=1"], ["leaves no window"]),
     "no levels": (["pretrain.py", "levels=0"], ["schedule"]),

@@ -58,6 +58,6 @@ def test_threads_are_chosen_unless_they_are_asked_for(monkeypatch, capsys):
         assert torch.get_num_threads() == 2
         run.prepare(OmegaConf.merge(cfg, {"threads": 1, "algo": {"precision": "bf16"}}))  # type: ignore[arg-type]
         assert torch.get_num_threads() == 1
-        assert capsys.readouterr().out.endswith("cpu, 1 threads, bf16\n")
+        assert capsys.readouterr().out.endswith("cpu, 1 thread, bf16\n")
     finally:
         torch.set_num_threads(before)

@@ -1,0 +1,56 @@
+"""torch.compile, which changes rounding and nothing else."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import diffusion, regression
+from test_networks import TINY
+
+from dprl.compiling import compiled
+from dprl.errors import UserError
+
+wants_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="wants g++")
+
+
+def loss_and_gradients(policy):
+    torch.manual_seed(1)
+    obs, act = torch.randn(12, 1, 1), torch.rand(12, 4, 1)
+    loss = policy.loss(obs, act, torch.ones(12, 4, dtype=torch.bool))
+    return loss, *torch.autograd.grad(loss, list(policy.parameters()), materialize_grads=True)
+
+
+@pytest.mark.slow
+@wants_a_compiler
+@pytest.mark.parametrize("denoiser", [None, "unet"])
+def test_what_is_compiled_computes_the_same_and_is_saved_the_same(denoiser):
+    policy = diffusion(denoiser=denoiser and TINY[denoiser])
+    plain = copy.deepcopy(policy)
+    compiled(policy)
+    for one, other in zip(loss_and_gradients(policy), loss_and_gradients(plain), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    acts = []
+    for each in (policy, plain):
+        torch.manual_seed(2)
+        acts.append(each(torch.zeros(5, 1, 1))[0])
+    torch.testing.assert_close(*acts, atol=1e-5, rtol=1e-4)
+    assert list(policy.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(policy.state_dict())
+    assert policy.denoiser._compiled_call_impl is not None
+    assert copy.deepcopy(policy).denoiser._compiled_call_impl is None
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    with pytest.raises(UserError, match="a diffusion policy"):
+        compiled(regression())
+
+    def fails(*arguments, **settings):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    with pytest.raises(UserError) as told:
+        compiled(diffusion())
+    assert "No working C++ compiler" in str(told.value)
+    assert "much more" not in str(told.value)
+    assert "compile=false" in str(told.value)

@@ -19,8 +19,8 @@ def compiled(policy: nn.Module) -> None:
         torch.compile(_trial)(torch.ones(2, device=device_of(policy)))
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        fix = "install a C++ compiler (g++) or name one in $CXX, or compile=false"
-        raise found("compile=true cannot compile here", "what torch.compile wants: a C++ compiler", first, fix) from error
+        fix = "install it (a compiler that is not g++: name it in $CXX), or compile=false"
+        raise found("compile=true cannot compile here", "what torch.compile wants: a C++ compiler, for a GPU Triton", first, fix) from error
     denoiser.compile()
 
 

@@ -7,7 +7,7 @@ import torch
 from dprl.errors import found
 
 Precision = Literal["fp32", "bf16", "auto"]
-INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "sve_bf16")  # of processors that multiply matrices in bfloat16
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # of processors that multiply matrices in bfloat16; the last is ARM's
 
 
 def settled(precision: str, device: torch.device) -> str:

@@ -17,8 +17,8 @@ def ratios(result: dict[str, Any]) -> str:
     rows = []
     for run, entry in _tasks(result, "ratios"):
         for name, told in (("drawn and scored", entry["ratios"]["both"]), ("only scored", entry["ratios"]["scored"])):
-            last = f"{told['rms_by_step'][-1]:.1g}"
-            rows.append([run, name, f"{told['rms']:.1g}", f"{told['bias']:.1g}", last, f"{100 * told['clipped']:.2g} %", f"{entry['clip']:g}"])
+            sizes = [f"{value:.1g}" for value in (told["rms"], told["bias"], told["rms_by_step"][-1])]
+            rows.append([run, name, *sizes, f"{100 * told['clipped']:.2g} %", f"{entry['clip']:g}"])
     return markdown(rows, ["policy", "in bfloat16", "rms", "mean", "rms of the last step", "clipped", "clip"])
 
 
@@ -30,7 +30,7 @@ def gradients(result: dict[str, Any]) -> str:
         cosines = [f"{c[name]:.4f}" for name in ("policy", "critic")]
         clipped = ", ".join(f"{100 * after[f'clipped_{name}']:.1f}" for name in PRECISIONS)
         rows.append([run, *cosines, f"{c['another_minibatch']:.2f}", f"{after['rms']:.2g}", f"{after['error']:.1g}", clipped])
-    head = ["policy", "policy's gradient", "critic's", "another minibatch's", "log-ratio after updates", "its error", "% clipped: fp32, bf16"]
+    head = ["policy", "policy's gradient", "critic's", "another minibatch's", "log-ratio then", "its error", "% clipped: fp32, bf16"]
     return markdown(rows, head)
 
 
@@ -55,7 +55,7 @@ def learning(result: dict[str, Any]) -> str:
             final, seconds = ([each[key] for each in runs] for key in ("score", "seconds"))
             cells = [_spread(values, 2) for values in (along, end, final)] + [_spread(seconds, 1)]
             rows.append([run, precision, str(len(runs)), f"{max(each['env_steps'] for each in runs):,}", *cells])
-    return markdown(rows, ["policy", "precision", "runs", "env steps", "training, whole", "its last third", "validation at the end", "CPU s"])
+    return markdown(rows, ["task", "precision", "runs", "env steps", "training, whole", "its last third", "at the end", "CPU s"])
 
 
 def compiling(result: dict[str, Any]) -> str:

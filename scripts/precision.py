@@ -68,9 +68,8 @@ def numbers(log_ratio: Tensor, clip: Tensor) -> dict[str, Any]:
 class Probe:
     """A policy that DPPO has tuned for a few iterations in float32, with the data of the next one."""
 
-    def __init__(self, run: str, iterations: int):
-        self.cfg, self.algo, collector = started(run, "algo.env_steps=1000000000")
-        self.run = run
+    def __init__(self, run: str, iterations: int, settings: list[str]):
+        self.cfg, self.algo, collector = started(run, *settings, "algo.env_steps=1000000000")
         for _ in zip(range(iterations), self.algo.train(collector), strict=False):
             pass
         self.actor = self.algo.actor
@@ -147,15 +146,15 @@ class Probe:
 
 def measured(run: str, options: argparse.Namespace) -> dict[str, Any]:
     """The entry of a task."""
-    probe = Probe(run, options.iterations)
+    probe = Probe(run, options.iterations, options.settings)
     out: dict[str, Any] = {"weights": sum(p.numel() for p in probe.actor.tuned.parameters()), "states": len(probe.rows)}
     out |= {"clip": float(probe.algo.clip.min()), "ratios": probe.ratios(), "cosines": probe.gradients()}
     return out | {"seconds": probe.seconds(options.repeats, options.least), "after": probe.after()}
 
 
-def learned(run: str, precision: str, seed: int, env_steps: int) -> dict[str, Any]:
+def learned(run: str, precision: str, seed: int, settings: list[str]) -> dict[str, Any]:
     """A run of DPPO: what the episodes that it trained on brought, and what it acts like at the end."""
-    cfg, algo, collector = started(run, f"algo.env_steps={env_steps}", f"algo.precision={precision}", seed=seed)
+    cfg, algo, collector = started(run, *settings, f"algo.precision={precision}", seed=seed)
     begun, curve = time.process_time(), []
     for _ in algo.train(collector):
         told = collector.metrics()
@@ -163,8 +162,7 @@ def learned(run: str, precision: str, seed: int, env_steps: int) -> dict[str, An
     seconds = time.process_time() - begun
     collector.envs.close()
     envs = setup.environments(cfg, algo.actor.tuned, num_envs=cfg.evaluation.num_envs)
-    settings = cfg.evaluation
-    score = evaluate(algo.actor, envs, range(settings.seed, settings.seed + settings.episodes)).score()
+    score = evaluate(algo.actor, envs, range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)).score()
     envs.close()
     return {"precision": precision, "seed": seed, "env_steps": collector.env_steps, "seconds": seconds, "curve": curve, "score": score}
 
@@ -205,7 +203,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", help="of pretrain.py, a task each")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too, on new policies")
     parser.add_argument("--seeds", type=int, default=0, help="measure learning instead, by so many runs in each precision")
-    parser.add_argument("--env-steps", type=int, default=130_000, help="of each of those")
+    parser.add_argument("--settings", nargs="+", default=["algo.env_steps=130000"], help="of finetune.py")
     parser.add_argument("--iterations", type=int, default=3, help="of DPPO in float32 before gradients are compared")
     parser.add_argument("--repeats", type=int, default=5, help="timings; the median counts")
     parser.add_argument("--least", type=float, default=0.1, help="seconds of a timing")
@@ -213,9 +211,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # CPU time counts
     result = read_json(options.out) if options.out.is_file() else {"machine": machine(1), "versions": versions(), "tasks": {}}
+    if options.compile:
+        result["compile"] = []
     for label, overrides in COMPILED.items() if options.compile else ():
         for precision in ("fp32", "bf16"):
-            result.setdefault("compile", []).append(compilation(label, precision, overrides, options))
+            result["compile"].append(compilation(label, precision, overrides, options))
             write_json(options.out, result)
             print(result["compile"][-1], flush=True)
     for run in options.runs:
@@ -228,7 +228,7 @@ def main() -> None:
                 done = entry.setdefault("learning", [])
                 if any((each["precision"], each["seed"]) == (precision, seed) for each in done):
                     continue  # goes on where it was cut off
-                done.append(learned(run, precision, seed, options.env_steps))
+                done.append(learned(run, precision, seed, options.settings))
                 write_json(options.out, result)
                 print({key: value for key, value in done[-1].items() if key != "curve"}, flush=True)
 

@@ -1,11 +1,13 @@
 """What bfloat16 may change, and what it may not."""
 
+import json
+import sys
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import diffusion
+from conftest import ROOT, diffusion
 from test_dppo import collector, dppo
 from test_networks import TINY
 
@@ -13,6 +15,10 @@ from algos.dppo import policy_loss
 from dprl import precision
 from dprl.errors import UserError
 from dprl.precision import arithmetic, has_bfloat16, settled
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench_precision
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("name", ["fp32", "bf16"])
@@ -89,3 +95,21 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
     assert torch.cosine_similarity(*grads, dim=0) > 0.98
     assert float(grads[1].norm() / grads[0].norm()) == pytest.approx(1, abs=0.03)
     assert not torch.equal(*grads)
+
+
+@pytest.mark.slow
+def test_what_it_changes_can_be_measured_and_told(command, cloned):
+    settings = ["--settings", "num_envs=3", "algo.chunks=8", "algo.batch=12", "algo.actor.tuned_steps=2", "algo.env_steps=1200"]
+    few = ["--iterations", "1", "--repeats", "1", "--least", "0.001", "--out", "told.json"]
+    for more in ([], ["--seeds", "1"]):
+        command("scripts/precision.py", "runs/avoid-bc-0", *more, *few, *settings)
+    told = json.loads((cloned / "told.json").read_text())
+    entry = told["tasks"]["avoid"]
+    assert entry["ratios"]["both"]["rms"] < 1e-5 < entry["ratios"]["scored"]["rms"]
+    assert 0.9 < entry["cosines"]["policy"] < 1
+    assert [run["precision"] for run in entry["learning"]] == ["fp32", "bf16"]
+    told["compile"] = [dict(policy="MLP", precision="fp32", compiling=8.0, plain=0.004, compiled=0.002)]
+    tables = bench_precision.tables(told)
+    assert all("avoid" in tables[name] for name in ("ratios", "gradients", "times", "learning"))
+    assert "| 4,000 " in tables["compiling"]
+    assert "never" in bench_precision.compiling({"compile": [told["compile"][0] | {"compiled": 0.005}]})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, diffusion
+from programs import DPPO, result
 from test_dppo import collector, dppo
 from test_networks import TINY
 
@@ -95,6 +96,14 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
     assert torch.cosine_similarity(*grads, dim=0) > 0.98
     assert float(grads[1].norm() / grads[0].norm()) == pytest.approx(1, abs=0.03)
     assert not torch.equal(*grads)
+
+
+def test_a_run_tells_what_it_computes_in(in_process, cloned):
+    few = ["algo.env_steps=400", "out=runs/rounded"]
+    status, printed = in_process("finetune.py", *DPPO, *few, "algo.precision=bf16")
+    assert status == 0 and printed.startswith("cpu, 1 thread, bf16\n"), printed
+    told = result(cloned / "runs/rounded")
+    assert (told["precision"], told["threads"], told["config"]["algo"]["precision"]) == ("bf16", 1, "bf16")
 
 
 @pytest.mark.slow

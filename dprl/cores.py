@@ -1,6 +1,7 @@
 """How much of the machine this process may use."""
 
 import os
+import sys
 from pathlib import Path
 
 QUOTAS = ("cpu.max", "cpu/cpu.cfs_quota_us")  # of a container: cgroup's version 2, and version 1
@@ -29,11 +30,11 @@ def threads() -> int | None:
     return None if any(os.environ.get(name) for name in NAMED) else physical()
 
 
-def _quota(path: Path) -> float:
+def _quota(path: Path) -> int:
     """Processors that a container may keep busy; fractions count as what is begun."""
     try:
         quota, *period = path.read_text().split()
         whole = int(period[0] if period else path.with_name("cpu.cfs_period_us").read_text())
-        return -(-int(quota) // whole) if int(quota) > 0 else float("inf")
+        return -(-int(quota) // whole) if int(quota) > 0 else sys.maxsize
     except (OSError, ValueError):  # none, or "max"
-        return float("inf")
+        return sys.maxsize

@@ -60,8 +60,7 @@ SAME_TIME = {
     ),
     "bet": ("train.steps=10000", "train.precision=fp32", "train.save_every=2500"),
 }
-# without the picture: the agent's place alone
-BLIND = ("task.env.observe={_target_: dprl.envs.observe.flatten, _partial_: true, keys: [agent_pos]}", "data.observe=state[:2]")
+BLIND = ("task.env.observe.keys=[agent_pos]", 'data.observe=["state[:2]"]')  # the agent's place alone
 
 
 class Pipeline(NamedTuple):
@@ -233,10 +232,10 @@ def pusht_compared(seed: int, data: Path) -> None:
 
 
 def pusht_image(seed: int, data: Path) -> None:
-    """From pictures, and the same without them."""
+    """From pictures and the agent's place, and from that alone."""
     same = ("train.steps=6000", "train.save_every=1500", "train.batch=64", *FAST)
     cloned("unet_image_small", seed, data, *same, task="pusht_image")
-    cloned("blind", seed, data, *same, *BLIND, task="pusht_image", policy="unet_small")
+    cloned("blind", seed, data, *same, *BLIND, policy="unet_small")
 
 
 PIPELINES = {

@@ -37,11 +37,12 @@ NAMES = TARGETS | {
     "sac": "Gaussian SAC",
     "ppo": "Gaussian PPO",
 }
-LONG = {"unet_small": "U-Net, small", "transformer_small": "transformer, small"}
 PUSHT = "pusht_keypoints"
-SHORT = {"short_unet_small": "diffusion (U-Net, small)", "short_regression": "MSE regression"}
-SHORT |= {"short_lstm_gmm": "LSTM-GMM", "short_implicit": "implicit BC", "short_bet": "BeT"}
-IMAGES = {"unet_image_small": "sees the picture", "blind": "does not"}
+LONG = {(PUSHT, "unet_small"): "U-Net, small", (PUSHT, "transformer_small"): "transformer, small"}
+KINDS_OF_PUSHT = {"unet_small": "diffusion (U-Net, small)", "regression": "MSE regression"}
+KINDS_OF_PUSHT |= {"lstm_gmm": "LSTM-GMM", "implicit": "implicit BC", "bet": "BeT"}
+SHORT = {(PUSHT, f"short_{algo}"): name for algo, name in KINDS_OF_PUSHT.items()}
+IMAGES = {("pusht_image", "unet_image_small"): "picture and agent", (PUSHT, "blind"): "agent alone"}
 DATA = {"medium_replay": "medium-replay", "medium": "medium"}  # endings that name the data a run learned from
 ORDER = list(NAMES)
 FIGURE = Path("docs/figures/performance.svg")
@@ -255,11 +256,11 @@ def main() -> None:
             "looking": swept_table("halfcheetah-bc_medium-0"),
         },
         "docs/pusht.md": {
-            "results": results_policies.runs(groups, PUSHT, LONG),
+            "results": results_policies.runs(groups, LONG),
             "steps": results_policies.acting(f"{PUSHT}-unet_small-0", "act_steps"),
             "levels": results_policies.acting(f"{PUSHT}-unet_small-0", "schedule.sample_steps", "schedule.eta"),
-            "compared": results_policies.runs(groups, PUSHT, SHORT),
-            "images": results_policies.runs(groups, "pusht_image", IMAGES),
+            "compared": results_policies.runs(groups, SHORT),
+            "images": results_policies.runs(groups, IMAGES),
         },
         "docs/idql.md": {
             "results": offline_table(groups),

@@ -29,11 +29,11 @@ def spent(result: dict[str, Any]) -> list[str]:
     return [f"{result['gradient_steps']:,} x {result['config']['train']['batch']}", f"{result['train_seconds'] / 60:.0f}"]
 
 
-def runs(groups: dict, task: str, names: dict[str, str]) -> str:
-    """Cloned policies of a task that measures coverage, a row a run."""
+def runs(groups: dict, names: dict[tuple[str, str], str]) -> str:
+    """Cloned policies, by task and algorithm, of tasks that measure coverage: a row a run."""
     rows = []
-    for algo, name in names.items():
-        for result in groups.get((task, algo), ()):
+    for of, name in names.items():
+        for result in groups.get(of, ()):
             side, along = result["bc"], [f"{point['evaluation/max_coverage']:.2f}" for point in result["curve"]]
             cells = [covered(side), interval(side["success"], side["success_ci95"], scale=100), str(side["n"]), ", ".join(along)]
             rows.append([name, str(result["seed"]), *cells, *spent(result)])

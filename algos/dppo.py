@@ -75,6 +75,7 @@ class DPPO:
         chunks: int,
         epochs: int,
         batch: int,
+        micro_batch: int | None,
         gamma: float,
         gae_lambda: float,
         denoise_discount: float,
@@ -98,8 +99,9 @@ class DPPO:
         bc_discount: float,
         precision: str,
     ):
-        for name, value in (("chunks", chunks), ("epochs", epochs), ("batch", batch), ("env_steps", env_steps)):
-            if value < 1:
+        counts = dict(chunks=chunks, epochs=epochs, batch=batch, micro_batch=micro_batch, env_steps=env_steps)
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise found(f"algo.{name} is too small", "at least 1", value, f"algo.{name}=1 or more")
         check_numbers(
             "algo.", least=0, most=1, gamma=gamma, gae_lambda=gae_lambda, denoise_discount=denoise_discount, bc_discount=bc_discount
@@ -116,7 +118,8 @@ class DPPO:
         self.critic = critic(obs_shape=tuned.obs_shape, obs_steps=tuned.obs_steps).to(device)
         self.actor_optimizer = adamw(tuned.parameters(), lr=actor_lr, weight_decay=weight_decay)
         self.critic_optimizer = adamw(self.critic.parameters(), lr=critic_lr, weight_decay=weight_decay)
-        self.env_steps, self.chunks, self.epochs, self.batch = env_steps, chunks, epochs, batch
+        self.env_steps, self.chunks, self.epochs = env_steps, chunks, epochs
+        self.batch, self.micro_batch = batch, micro_batch
         self.gamma, self.gae_lambda = gamma, gae_lambda
         steps = self.actor.tuned_steps
         self.discount = denoise_discount ** torch.arange(steps - 1, -1, -1, device=device)  # [C], 1 at the last step
@@ -224,27 +227,45 @@ class DPPO:
         adv = rows["adv"]
         if self.normalize_advantages:
             adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
-        with self.arithmetic:
-            logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
-        loss, parts = policy_loss(logp, rows["logp"], adv[:, None] * self.discount, self.clip)
+        rows["share"] = adv[:, None] * self.discount  # [N, C] of the advantage, each tuned step's
         if self.bc_weight:
             with self.arithmetic:
-                bc = self.bc_loss(rows["obs"])
-            loss = loss + self.bc_weight * bc
-            parts["bc_loss"] = bc.detach()
-        parts["grad_norm"] = descend(self.actor_optimizer, loss, max_norm=self.max_grad_norm, batch=rows)
-        return metrics | parts
+                rows["base_chain"], rows["base_mean"] = self.actor.base_chain(rows["obs"])
+        losses = self._actor_losses(rows, metrics)
+        metrics["grad_norm"] = descend(self.actor_optimizer, losses, max_norm=self.max_grad_norm, batch=rows)
+        return metrics
 
-    def bc_loss(self, obs: Obs) -> Tensor:
-        """E over chains of the base of KL(base step || tuned step), per executed number: keeps what BC could do. Which way
-        to go is settled while the chunk is noisy, so ``bc_discount`` lets the pull fade towards the last steps.
+    def _actor_losses(self, rows: TensorDict, metrics: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Summands of the mean over ``rows``, a micro-batch each; adds what they tell to ``metrics``, as means too."""
+        for part in rows.split(self.micro_batch or len(rows)):
+            loss, told = self.actor_loss(part)
+            weight = len(part) / len(rows)
+            for key, value in told.items():
+                metrics[key] = metrics.get(key, 0) + weight * value
+            yield weight * loss
+
+    def actor_loss(self, rows: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+        """PPO's, and the regulariser."""
+        with self.arithmetic:
+            logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
+        loss, metrics = policy_loss(logp, rows["logp"], rows["share"], self.clip)
+        if self.bc_weight:
+            with self.arithmetic:
+                bc = self.bc_loss(rows["obs"], rows["base_chain"], rows["base_mean"])
+            loss = loss + self.bc_weight * bc
+            metrics["bc_loss"] = bc.detach()
+        return loss, metrics
+
+    def bc_loss(self, obs: Obs, chain: Tensor, base: Tensor) -> Tensor:
+        """E over chains of the base (see ``ChainActor.base_chain``) of KL(base step || tuned step), per executed number:
+        keeps what BC could do. Which way to go is settled while the chunk is noisy, so ``bc_discount`` lets the pull fade
+        towards the last steps.
 
         Up to a constant it is -log p_tuned of those chains, the published regulariser, with the noise of one of its two
         sources taken out.
         """
-        chain, base = self.actor.base_chain(obs)
         _, tuned, std = self.actor.gaussians(obs, chain)
-        kl = 0.5 * self.actor.tuned.executed((tuned - base) / std).square().mean((-2, -1))  # [N*C]
+        kl = 0.5 * self.actor.tuned.executed((tuned - base.flatten(0, 1)) / std).square().mean((-2, -1))  # [N*C]
         return (kl.view(-1, len(self.bc_share)) * self.bc_share).mean()
 
     def learned(self) -> list[Learned]:

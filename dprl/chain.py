@@ -112,10 +112,10 @@ class ChainActor(Wrapper):
     @torch.no_grad()
     def base_chain(self, obs: Obs) -> tuple[Tensor, Tensor]:
         """The tuned part of a fresh chain drawn by the base alone, exploring as the tuned policy does: [N, C+1, H, A];
-        and the base's own means of its steps, [N*C, H, A]."""
+        and the base's own means of its steps, [N, C, H, A]."""
         with each_level_once():
             x, cond = self.start(obs), self.base.encode(obs)
             steps = range(self.first, len(self.base.schedule))
             taken = list(self.base.denoise(x, cond, steps, min_std=self.min_std, noise_limit=self.noise_limit))
         chain = torch.stack([x, *(step.x for step in taken)], 1)
-        return chain, torch.stack([step.mean for step in taken], 1).flatten(0, 1)
+        return chain, torch.stack([step.mean for step in taken], 1)

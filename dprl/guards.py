@@ -8,7 +8,7 @@ iteration's steps are undone.
 import copy
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,18 +28,24 @@ Learned = nn.Module | Optimizer
 _left_out: WeakKeyDictionary[Optimizer, dict[str, Tensor]] = WeakKeyDictionary()  # the first batch whose step was, since `settle`
 
 
-def descend(optimizer: Optimizer, loss: Tensor, *, max_norm: float, batch: Mapping[Any, Any]) -> Tensor:
+def descend(optimizer: Optimizer, loss: Tensor | Iterable[Tensor], *, max_norm: float, batch: Mapping[Any, Any]) -> Tensor:
     """A gradient step down ``loss``, the gradient cut to ``max_norm``; returns its norm before.
+
+    ``loss`` may be the summands of one: each is asked for when the one before has been differentiated, so that no more than
+    one is held with what its gradient takes.
 
     An optimizer that was slowed by ``Guard`` looks at every step, which waits for the device: a step that is not finite is
     left out, and its ``batch`` kept to be dumped.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    total: Any = 0.0
+    for summand in (loss,) if isinstance(loss, Tensor) else loss:
+        summand.backward()
+        total = total + summand.detach()
     norm = nn.utils.clip_grad_norm_(parameters, max_norm).detach()
-    if optimizer.param_groups[0].get("slowed", 1.0) < 1 and not bool(torch.isfinite(loss.detach() + norm)):
-        _left_out.setdefault(optimizer, {"loss": loss.detach(), "gradient_norm": norm} | _flat(batch))
+    if optimizer.param_groups[0].get("slowed", 1.0) < 1 and not bool(torch.isfinite(total + norm)):
+        _left_out.setdefault(optimizer, {"loss": total, "gradient_norm": norm} | _flat(batch))
         return norm
     optimizer.step()
     return norm

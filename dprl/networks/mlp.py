@@ -15,7 +15,8 @@ class Residual(nn.Module):
     def __init__(self, width: int, activation: str):
         super().__init__()
         act = getattr(nn, activation)
-        self.inner = nn.Sequential(act(), nn.Linear(width, width), act(), nn.Linear(width, width))
+        between = nn.ReLU(inplace=True) if act is nn.ReLU else act()  # the gradients of ReLU and a linear layer want only its output
+        self.inner = nn.Sequential(act(), nn.Linear(width, width), between, nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.inner(x)

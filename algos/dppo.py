@@ -168,7 +168,8 @@ class DPPO:
         """GAE over chunks; a batch of M states: obs, chain, logp, value, adv and target (the value's)."""
         t, n = rollout.length.shape
         terminated, done = rollout.terminated, rollout.terminated | rollout.truncated
-        values = self.value(torch.cat([rollout.obs, rollout.next_obs[-1:]]).flatten(0, 1)).view(t + 1, n)
+        states = torch.cat([rollout.obs, rollout.next_obs[-1:]]).flatten(0, 1)
+        values = torch.cat([self.value(part) for part in states.split(self.batch)]).view(t + 1, n)
         value, next_value = values[:-1], values[1:].clone()
         cut = rollout.truncated & ~terminated
         cut[-1] = False  # the last row's successor was valued above
@@ -227,7 +228,7 @@ class DPPO:
         adv = rows["adv"]
         if self.normalize_advantages:
             adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
-        rows["share"] = adv[:, None] * self.discount  # [N, C] of the advantage, each tuned step's
+        rows["step_adv"] = adv[:, None] * self.discount  # [N, C]
         if self.bc_weight:
             with self.arithmetic:
                 rows["base_chain"], rows["base_mean"] = self.actor.base_chain(rows["obs"])
@@ -236,7 +237,7 @@ class DPPO:
         return metrics
 
     def _actor_losses(self, rows: TensorDict, metrics: dict[str, Tensor]) -> Iterator[Tensor]:
-        """Summands of the mean over ``rows``, a micro-batch each; adds what they tell to ``metrics``, as means too."""
+        """Summands of the loss over ``rows``, of a micro-batch each; ``metrics`` gets the means of what they tell."""
         for part in rows.split(self.micro_batch or len(rows)):
             loss, told = self.actor_loss(part)
             weight = len(part) / len(rows)
@@ -245,10 +246,10 @@ class DPPO:
             yield weight * loss
 
     def actor_loss(self, rows: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-        """PPO's, and the regulariser."""
+        """PPO's loss with the regulariser's; ``rows`` as ``_step`` has made them."""
         with self.arithmetic:
             logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
-        loss, metrics = policy_loss(logp, rows["logp"], rows["share"], self.clip)
+        loss, metrics = policy_loss(logp, rows["logp"], rows["step_adv"], self.clip)
         if self.bc_weight:
             with self.arithmetic:
                 bc = self.bc_loss(rows["obs"], rows["base_chain"], rows["base_mean"])

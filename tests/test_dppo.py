@@ -172,6 +172,42 @@ def test_the_regulariser_passes_each_row_once_through_each_network():
     assert rows == {"base": 2 * 8, "tuned": 2 * 4}
 
 
+def minibatch(algo: DPPO, n: int) -> TensorDict:
+    """Rows of ``n`` states, as an update sees them; the policy has moved since."""
+    algo.actor.train()
+    obs = torch.rand(n, 1, 1)
+    with torch.no_grad():
+        _, extra = algo.actor(obs)
+        algo.actor.tuned.denoiser.out.bias.add_(0.3)
+        value = algo.value(obs)
+    return TensorDict(obs=obs, **extra, value=value, adv=torch.randn(n) + 1, target=value + torch.randn(n), batch_size=[n])
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 20, 50])
+@pytest.mark.parametrize("bc_weight", [0.0, 0.5])
+def test_micro_batches_have_the_gradient_and_the_metrics_of_the_whole(size, bc_weight):
+    """Of 20 states, in parts of which the last may be smaller; with the chains of the regulariser drawn alike."""
+    told, gradients = [], []
+    for micro_batch in (None, size):
+        torch.manual_seed(0)
+        algo = dppo(micro_batch=micro_batch, bc_weight=bc_weight, bc_discount=0.5, max_grad_norm=1e9, value_clip=0.2)
+        rows = minibatch(algo, 20)
+        told.append(algo._step(rows, False))
+        gradients.append([p.grad for p in algo.actor.tuned.parameters()])
+    assert set(told[1]) == {"critic_loss", "grad_norm", "ratio", "kl", "clipped"} | ({"bc_loss"} if bc_weight else set())
+    torch.testing.assert_close(told[1], told[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
+    assert told[0]["grad_norm"] > 0.01 and 0 < told[0]["clipped"] < 1
+
+
+def test_no_more_than_a_micro_batch_passes_through_the_tuned_network_at_a_time():
+    algo = dppo(micro_batch=6, bc_weight=0.5)
+    rows, seen = minibatch(algo, 20), []
+    algo.actor.tuned.denoiser.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    algo._step(rows, False)
+    assert seen == [24] * 6 + [8] * 2  # four steps of six states, for PPO and for the regulariser
+
+
 def test_clip_grows_exponentially_over_denoising_steps():
     clip = clip_ranges(first=0.001, last=0.01, rate=3.0, steps=5)
     by_hand = [0.001 + 0.009 * (math.exp(3 * u) - 1) / (math.exp(3) - 1) for u in (0, 0.25, 0.5, 0.75, 1)]
@@ -322,8 +358,9 @@ def test_the_critic_warms_up_alone():
     assert all(name.startswith("tuned.denoiser") for name in changed)
 
 
-def test_kl_stops_the_updates():
-    algo = dppo(critic_warmup=0, target_kl=0.0, actor_lr=0.1)
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_kl_stops_the_updates(micro_batch):
+    algo = dppo(critic_warmup=0, target_kl=0.0, actor_lr=0.1, micro_batch=micro_batch)
     metrics = next(algo.train(collector()))
     assert metrics["stopped"] == 1
     assert metrics["updates"] < 5
@@ -361,6 +398,7 @@ BAD = [
     (dict(actor=dict(min_std=0.0)), "min_std"),
     (dict(min_std_final=0.0), "min_std_final"),
     (dict(epochs=0), "algo.epochs"),
+    (dict(micro_batch=0), "algo.micro_batch"),
 ]
 
 

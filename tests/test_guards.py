@@ -81,6 +81,35 @@ def test_a_step_that_is_not_finite_is_left_out_once_slowed(tmp_path):
     assert all(p.isfinite().all() for p in fit.net.parameters())
 
 
+def test_summands_are_differentiated_one_after_another_as_their_sum(tmp_path):
+    x, asked = torch.randn(7, 3), []
+
+    def summands(net):
+        for part in x.split(3):
+            asked.append(net.weight.grad is None)
+            yield net(part).square().sum() / 7
+
+    whole, parts = Fit(tmp_path), Fit(tmp_path)
+    norms = [
+        descend(whole.optimizer, whole.net(x).square().sum() / 7, max_norm=1.0, batch={}),
+        descend(parts.optimizer, summands(parts.net), max_norm=1.0, batch={}),
+    ]
+    torch.testing.assert_close(norms[0], norms[1])
+    torch.testing.assert_close(whole.net.weight.grad, parts.net.weight.grad)
+    assert asked == [True, False, False]
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_summand_that_is_not_finite_leaves_the_whole_step_out_once_slowed(bad, tmp_path):
+    fit = Fit(tmp_path)
+    fit.optimizer.param_groups[0]["slowed"] = 0.5
+    before = fit.state()[0]
+    loss = lambda: fit.net(torch.ones(1, 3)).sum()  # noqa: E731
+    descend(fit.optimizer, (loss() * (math.nan if i == bad else 1) for i in range(2)), max_norm=1.0, batch={"x": torch.ones(2)})
+    assert all(torch.equal(a, b) for a, b in zip(before, fit.state()[0], strict=True))
+    assert fit.guard.settle({}, 1) == {"rollbacks": 1.0}
+
+
 def test_healthy_training_is_the_same_to_the_bit(tmp_path):
     fit = Fit(tmp_path)
     for _ in range(3):

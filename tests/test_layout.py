@@ -46,7 +46,7 @@ def test_generic_code_names_no_algorithm():
 
 def test_importing_dprl_stays_light():
     heavy = ("ray", "wandb", "stable_baselines3", "minari", "matplotlib", "tensorboard", "zarr", "gym_pusht", "pygame", "cv2", "algos")
-    heavy += ("scipy.stats",)
+    heavy += ("scipy",)
     code = (
         "import sys, pkgutil, importlib, dprl\n"
         "for m in pkgutil.walk_packages(dprl.__path__, 'dprl.'): importlib.import_module(m.name)\n"

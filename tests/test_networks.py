@@ -12,7 +12,7 @@ from dprl.conditioning import Returns
 from dprl.errors import UserError
 from dprl.networks.dit import DiTDenoiser
 from dprl.networks.inputs import each_level_once
-from dprl.networks.mlp import MLPDenoiser
+from dprl.networks.mlp import MLPDenoiser, Residual
 from dprl.networks.transformer import TransformerDenoiser
 from dprl.networks.unet import Double, Norm, UNetDenoiser, Window
 from dprl.optim import ema
@@ -199,6 +199,26 @@ def test_keys_and_values_are_those_of_an_attention_to_the_whole_memory():
         oracle.load_state_dict(state)
         h = oracle(h, memory, tgt_mask=nn.Transformer.generate_square_subsequent_mask(6), tgt_is_causal=True)
     torch.testing.assert_close(net(x, k, net.encode(obs)), net.out(h), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["ReLU", "Mish", "SiLU"])
+def test_the_mlp_overwrites_nothing_that_is_needed(activation):
+    """Numbers and gradients are those of the block written out, and what it was told stays."""
+    block = Residual(8, activation)
+    act, (_, one, _, two) = getattr(nn.functional, activation.lower()), block.inner
+    x = torch.randn(5, 8, requires_grad=True)
+    before, out = x.detach().clone(), block(x)
+    plain = x + two(act(one(act(x))))
+    assert torch.equal(out, plain) and torch.equal(x, before)
+    wanted = [x, *block.parameters()]
+    for mine, other in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (out, plain)), strict=True):
+        assert torch.equal(mine, other)
+    net = built("mlp", activation=activation)
+    chunk, k, obs = inputs()
+    cond = net.encode(obs)
+    kept = chunk.clone(), cond.clone()
+    net(chunk, k, cond)
+    assert torch.equal(chunk, kept[0]) and torch.equal(cond, kept[1])
 
 
 def test_a_diffusion_transformer_begins_as_zero_and_each_layer_as_the_identity():

@@ -10,16 +10,19 @@ from dprl.networks.inputs import by_level, sinusoid, vector
 
 
 class Residual(nn.Module):
-    """A pre-activation block: ``x + W2 act(W1 act(x))``."""
+    """A pre-activation block: ``x + W2 act(W1 act(x))``.
+
+    What a linear layer says, its gradient does not want: a sum, or a ReLU, which wants only its own output, overwrites it.
+    """
 
     def __init__(self, width: int, activation: str):
         super().__init__()
         act = getattr(nn, activation)
-        between = nn.ReLU(inplace=True) if act is nn.ReLU else act()  # the gradients of ReLU and a linear layer want only its output
+        between = nn.ReLU(inplace=True) if act is nn.ReLU else act()
         self.inner = nn.Sequential(act(), nn.Linear(width, width), between, nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
+        return self.inner(x).add_(x)
 
 
 def trunk(width: int, layers: int, activation: str) -> nn.Sequential:
@@ -70,5 +73,5 @@ class MLPDenoiser(nn.Module):
         return self.obs(obs.flatten(1))  # [N, To, O] -> [N, W]
 
     def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
-        h = self.chunk(x.flatten(1)) + cond + by_level(self.time, self.table, k)  # [N, W]
+        h = self.chunk(x.flatten(1)).add_(cond).add_(by_level(self.time, self.table, k))  # [N, W]
         return self.out(self.trunk(h)).view_as(x)  # [N, H, A]

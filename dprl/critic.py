@@ -5,6 +5,8 @@ E members of the ensemble.
 """
 
 import copy
+import functools
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from dprl import checkpoint
 from dprl.errors import found
 from dprl.files import read_mapping
-from dprl.normalize import MinMax, Obs
+from dprl.normalize import Obs
 from dprl.optim import polyak
 from dprl.policy import Actor, frozen
 
@@ -52,24 +54,26 @@ class Critic(nn.Module):
         """V(s): [N, To, O] -> [N]."""
         return self.v(self.obs_norm(obs))
 
-    def slope(self, obs: Obs, norm: MinMax, members: int) -> Callable[[Tensor], Tensor]:
-        """The slope of the mean target Q of the first ``members``, as a function of chunks [N, n, Ta, A] in ``norm``'s units."""
+    def slope(self, obs: Obs, members: int) -> Callable[[Tensor], Tensor]:
+        """The slope of the mean target Q of the first ``members``, as a function of normalised chunks [N, n, Ta, A] of which each
+        is a little way from the one before: a call asks one member, in turn, and the others' last slopes stand (as in the
+        stochastic average gradient of Le Roux et al., 2012). So it costs what one member costs."""
         obs = self.obs_norm(obs)
-        gain, shift = norm.scale / self.act_norm.scale, (norm.offset - self.act_norm.offset) / self.act_norm.scale
-        each = [_slope(q, q.encode(obs), gain, shift) for q in list(self.target)[:members]]  # type: ignore[operator]
+        each = [_slope(q, q.encode(obs)) for q in list(self.target)[:members]]  # type: ignore[operator]
+        last: deque[Tensor] = deque(maxlen=members)
 
         def mean(x: Tensor) -> Tensor:
-            total = each[0](x)
-            for slope in each[1:]:
-                total += slope(x)
-            return total.div_(len(each))
+            each.append(each.pop(0))
+            last.append(each[-1](x))
+            return functools.reduce(torch.add, last) / len(last)
 
         return mean
 
     @torch.no_grad()
     def survey(self, obs: Obs, act: Tensor) -> None:
-        """Notes how steep Q is at logged chunks [N, Ta, A]."""
-        g = self.slope(obs, self.act_norm, len(self.target))(self.act_norm(act)[:, None])
+        """Notes how steep the mean of all Qs is at logged chunks [N, Ta, A]."""
+        slope, x = self.slope(obs, len(self.target)), self.act_norm(act)[:, None]
+        g = [slope(x) for _ in self.target][-1]  # when each has been asked
         self.steepness.copy_(torch.linalg.vector_norm(g.flatten(1), dim=1).mean())
 
     def values(self, obs: Obs, act: Tensor, *, target: bool = True, members: slice = ALL) -> Tensor:
@@ -91,15 +95,15 @@ class Critic(nn.Module):
         polyak(self.target, self.q, rate)
 
 
-def _slope(q: Any, cond: Tensor, gain: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
-    """d q(cond, gain x + shift) / dx, as a function of x [N, n, Ta, A]: in closed form where ``q`` has one."""
+def _slope(q: Any, cond: Tensor) -> Callable[[Tensor], Tensor]:
+    """dq(cond, x) / dx, as a function of x [N, n, Ta, A]: in closed form where ``q`` has one."""
     if hasattr(q, "slope"):
-        return q.slope(cond, gain, shift)
+        return q.slope(cond)
 
     def by_autograd(x: Tensor) -> Tensor:
         with torch.enable_grad():
             at = x.detach().requires_grad_()
-            return torch.autograd.grad(q(cond, gain * at + shift).sum(), at)[0]
+            return torch.autograd.grad(q(cond, at).sum(), at)[0]
 
     return by_autograd
 
@@ -177,4 +181,4 @@ def adopt(critic: Critic, other: Critic, source: str) -> None:
                 f"{got}...",
                 "a critic of this policy",
             )
-    critic.load_state_dict(theirs)
+    critic.load_state_dict(theirs | {key: value for key, value in mine.items() if "_norm." in key})  # the policy's own, to the bit

@@ -25,7 +25,7 @@ class GuidedActor(Wrapper):
 
     ``value`` is a function; without it the slope is that of the mean of the critic's members. ``jacobian: identity`` takes the
     slope at the clean estimate, ``full`` through the denoiser (DPS); ``at: noised`` asks an energy of the noisy chunk instead
-    (CEP).
+    (CEP). A slope serves ``every`` reverse steps.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class GuidedActor(Wrapper):
         scale: float,
         start: int,
         stop: int | None,
+        every: int,
         limit: float,
         normalize: Literal["sample", "data"],
         jacobian: Literal["identity", "full"],
@@ -53,6 +54,8 @@ class GuidedActor(Wrapper):
                 "policy_from=runs/<task>-bc-<seed>",
             )
         check_scale("algo.actor.scale", scale)
+        if every < 1:
+            raise found("algo.actor.every is too small", "at least 1", every, "algo.actor.every=1")
         if limit <= 0:
             raise found("algo.actor.limit lets nothing move", "more than 0, in ranges of the actions", limit, "algo.actor.limit=0.25")
         options = {"jacobian": ("identity", "full"), "at": ("clean", "noised"), "normalize": ("sample", "data")}
@@ -77,7 +80,7 @@ class GuidedActor(Wrapper):
             raise found("ranking wants a member that did not guide", "members of at least 2", 1, "algo.actor.critic.members=2")
         sizes = dict(obs_shape=policy.obs_shape, obs_steps=policy.obs_steps, act_dim=policy.act_dim, act_steps=policy.act_steps)
         self.energy = energy(**sizes, levels=policy.schedule.steps) if at == "noised" else None
-        self.scale, self.start, self.stop, self.limit = scale, start, stop, limit
+        self.scale, self.start, self.stop, self.every, self.limit = scale, start, stop, every, limit
         self.jacobian, self.n, self.normalize = jacobian, candidates, normalize
 
     @property
@@ -121,15 +124,20 @@ class GuidedActor(Wrapper):
         slope = self.slopes(obs, n)
         stop = len(self.policy.schedule) if self.stop is None else self.stop
         full = self.energy is None and self.jacobian == "full"
+        g = None  # the last slope
 
         def push(estimate: Estimate, x: Tensor, i: int) -> Tensor:
+            nonlocal g
             if not self.start <= i < stop:
                 return estimate(x)
-            if full:
+            new = g is None or (i - self.start) % self.every == 0
+            if new and full:
                 x0, g = self.through(estimate, obs, x, i, n)
             else:
                 x0 = estimate(x)  # no gradient passes through the denoiser unless it is asked for
-                g = slope(x if self.energy is not None else x0, i)
+                if new:
+                    g = slope(x if self.energy is not None else x0, i)
+            assert g is not None
             length = torch.linalg.vector_norm(g, dim=(1, 2), keepdim=True).clamp_min(1e-12) if self.steepness is None else self.steepness
             if self.steepness is None and self.scale <= self.limit:  # no number can move further than the limit
                 return torch.addcdiv(x0, g, length, value=2 * self.scale)  # the range is 2 wide
@@ -150,7 +158,7 @@ class GuidedActor(Wrapper):
             return slope
         critic = self.critic
         assert critic is not None
-        up = critic.slope(obs, self.act_norm, self.guides)
+        up = critic.slope(obs, self.guides)
         before, after = self.obs_steps - 1, self.policy.horizon - self.obs_steps + 1 - self.act_steps  # steps not executed
 
         def of_critic(x0: Tensor, i: int) -> Tensor:

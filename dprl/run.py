@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dprl import checkpoint, cores, rng, trust
 from dprl.errors import UserError, found
 from dprl.files import FULL, read_mapping, replacing
+from dprl.machine import machine, peak_megabytes
 from dprl.precision import settled
 from dprl.versions import versions
 
@@ -36,6 +37,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         "seed": cfg.seed,
         "config": plain(cfg),
         "versions": versions(),
+        "machine": machine(),
+        "peak_megabytes": peak_megabytes(),
         "threads": torch.get_num_threads(),
         **computing(cfg),
     }

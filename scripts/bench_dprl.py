@@ -17,6 +17,7 @@ from dprl.clone import Cloner
 from dprl.data.episodes import Episodes
 from dprl.diffusion import DiffusionPolicy
 from dprl.envs.collect import Collector
+from dprl.precision import arithmetic
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def cloning(stack: ExitStack, *, pretrain: Sequence[str], data: tuple[int, int],
     """Gradient steps of ``pretrain.py``."""
     cfg = composed("pretrain", pretrain)
     cloner = Cloner(policy_of(cfg), logged(cfg, data), settings=cfg.train, seed=0, device=CPU)
-    return partial(cloner.train, steps)
+    return lambda: cloner.train(cloner.step + steps)
 
 
 def acting(stack: ExitStack, *, pretrain: Sequence[str], n: int) -> Callable[[], Any]:
@@ -73,10 +74,10 @@ guiding = ranking  # the config tells them apart
 def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str], n: int) -> Callable[[], Any]:
     """Chunks, their chains and their log-probabilities."""
     actor = built_actor(pretrain, finetune).train()
-    obs = observations(n, actor)
+    obs, computing = observations(n, actor), arithmetic(finetuning(finetune).algo.precision, CPU)
 
     def work() -> Any:
-        with torch.no_grad():  # as the collector does
+        with torch.no_grad(), computing:  # as the collector does, and DPPO around it
             return actor(obs)
 
     return work

@@ -4,6 +4,7 @@ A row names a piece of work. ``bench_dprl.py`` and ``bench_textbook.py`` each ha
 work from the row's settings: the sizes of both sides come from the same composed config.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,14 +103,22 @@ def rows(*, precisions: Sequence[str] = PRECISIONS, tiny: bool = False) -> list[
                 Row(f"ranking {4 if tiny else 64} for {whom}", "ms", "ranking", ranking, against=plain.name),
                 Row(f"guided chunk for {whom}", "ms", "guiding", pushing, against=plain.name),
             ]
-    chain = dict(pretrain=hopper, n=few, finetune=("algo=dppo",))
-    iteration = dict(pretrain=hopper, finetune=("algo=dppo", *fine))
     updates = 3 if tiny else 100
+    for precision in precisions:
+        how = ("algo=dppo", f"algo.precision={precision}")
+        chain, iteration = dict(pretrain=hopper, n=few, finetune=how), dict(pretrain=hopper, finetune=(*how, *fine))
+        name = f"{few} chunks with their chains (512 wide, 20 steps, {precision})"
+        out += [
+            Row(name, "ms", "exploring", chain, reference={1: 25.3, 2: 27.4}),
+            Row(f"one DPPO iteration ({precision})", "s", "dppo", iteration, reference={1: 20.2, 2: 16.9}, repeats=3),
+        ]
+        if precision == "fp32":
+            out.append(Row("peak memory of a DPPO iteration", "MB", "dppo", iteration, kind="memory", reference={1: 964, 2: 1131}))
+    for backend, where in (("sync", "in one process"), ("async", "in processes"), ("envpool", "in EnvPool")):
+        if backend != "envpool" or importlib.util.find_spec("envpool"):
+            stepping = dict(finetune=(f"task.env.backend={backend}", *fine))
+            out.append(Row(f"Hopper environment steps, {where}", "steps/s", "stepping", stepping, count=4 * few, reference={2: 9800}))
     out += [
-        Row(f"{few} chunks with their chains (512 wide, 20 steps)", "ms", "exploring", chain, reference={1: 25.3, 2: 27.4}),
-        Row("one DPPO iteration", "s", "dppo", iteration, reference={1: 20.2, 2: 16.9}, repeats=3),
-        Row("peak memory of a DPPO iteration", "MB", "dppo", iteration, kind="memory", reference={1: 964, 2: 1131}),
-        Row("Hopper environment steps", "steps/s", "stepping", dict(finetune=fine), count=4 * few, reference={2: 9800}),
         Row(
             "IDQL critic update, batch 256",
             "updates/s",

@@ -78,7 +78,8 @@ def ranking(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str
 
 def guiding(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str], n: int) -> Callable[[], Any]:
     cfg, actor = composed("pretrain", pretrain), finetuning(finetune).algo.actor
-    return partial(textbook_rl.guided, policy_of(cfg), critics_of(cfg, actor.critic), observations(n, cfg), actor.scale, actor.start)
+    how = dict(scale=actor.scale, start=actor.start, every=actor.every)
+    return partial(textbook_rl.guided, policy_of(cfg), critics_of(cfg, actor.critic), observations(n, cfg), **how)
 
 
 def chain_of(cfg: DictConfig, actor: DictConfig) -> textbook.ChainPolicy:

@@ -68,13 +68,6 @@ def measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     return out | {"ratio": better(out, "textbook"), "reference": reference, "against": row.against}
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What it ran on."""
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"processor": models[0], "cores": os.cpu_count(), "threads": threads, "memory": f"{memory:.0f} GiB"}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -95,13 +88,14 @@ def main() -> None:
     from bench_table import performance, told
 
     from dprl.files import write_json
+    from dprl.machine import machine
     from dprl.versions import versions
 
     taken = []
     for row in chosen:
         taken.append(measured(row, options))
         print(told(taken[-1]), file=sys.stderr, flush=True)
-    result = {"machine": machine(options.threads), "versions": versions("diffusers"), "rows": taken}
+    result = {"machine": machine() | {"threads": options.threads}, "versions": versions("diffusers"), "rows": taken}
     every = not (options.only or options.tiny or set(options.precision) < set(PRECISIONS))
     out = options.out or (ROOT / "benchmarks" / "latest.json" if every else None)
     if out:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from bench_rows import ROOT, composed
-from benchmark import machine
 from torch import Tensor, nn
 
 from algos.dppo import DPPO, policy_loss, value_loss
@@ -24,6 +23,7 @@ from dprl.compiling import compiled
 from dprl.envs.collect import Collector
 from dprl.evaluate import evaluate
 from dprl.files import read_json, write_json
+from dprl.machine import machine
 from dprl.precision import arithmetic
 from dprl.timing import interleaved_seconds
 from dprl.versions import versions
@@ -210,7 +210,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(1)  # CPU time counts
-    result = read_json(options.out) if options.out.is_file() else {"machine": machine(1), "versions": versions(), "tasks": {}}
+    result = (
+        read_json(options.out) if options.out.is_file() else {"machine": machine() | {"threads": 1}, "versions": versions(), "tasks": {}}
+    )
     if options.compile:
         result["compile"] = []
     for label, overrides in COMPILED.items() if options.compile else ():

@@ -156,17 +156,23 @@ def ranked(policy: Policy, critics: Critics, obs: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def guided(policy: Policy, critics: Critics, obs: Tensor, scale: float, start: int) -> Tensor:
-    """A chunk an observation, each clean estimate from step ``start`` on moved up the slope of the mean target Q, by autograd."""
+def guided(policy: Policy, critics: Critics, obs: Tensor, scale: float, start: int, every: int) -> Tensor:
+    """A chunk an observation, each clean estimate from step ``start`` on moved up the slope of the mean target Q, by autograd: one
+    member's slope is taken anew each ``every`` steps, in turn."""
     obs = policy.normalize(obs)  # type: ignore[assignment]
     x = torch.randn(len(obs), policy.horizon, policy.act_dim)
+    slopes: list[Tensor] = []
     policy.scheduler.set_timesteps(policy.sample_steps)
     for i, t in enumerate(policy.scheduler.timesteps):
         clean = policy.predict(x, t, obs).clamp(-1, 1)
         if i >= start:
-            with torch.enable_grad():
-                at = clean.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(critics.values(critics.target, obs, at).mean(0).sum(), at)
+            if (i - start) % every == 0:
+                member = critics.target[(i - start) // every % len(critics.target)]
+                with torch.enable_grad():
+                    at = clean.detach().requires_grad_()
+                    (slope,) = torch.autograd.grad(critics.values([member], obs, at).sum(), at)  # type: ignore[arg-type]
+                slopes = [slope, *slopes][: len(critics.target)]
+            slope = torch.stack(slopes).mean(0)
             length = slope.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
             clean = clean + 2 * scale * slope / length
         x = policy.scheduler.step(clean, t, x, **policy.step_arguments).prev_sample  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ ENERGY = partial(NoisedValue, **NET, time_size=8)
 
 def guided(policy, **changes) -> GuidedActor:
     settings = dict(
-        scale=0.1, start=0, stop=None, limit=10.0, normalize="sample", jacobian="identity", at="clean", candidates=1, value=None
+        scale=0.1, start=0, stop=None, every=1, limit=10.0, normalize="sample", jacobian="identity", at="clean", candidates=1, value=None
     )
     return GuidedActor(policy=policy, **(dict(critic=CRITIC, energy=ENERGY) | settings | changes))
 
@@ -207,7 +207,7 @@ def test_slopes_over_the_datas_mean_leave_flat_places_alone():
     actor, obs = guided(policy, normalize="data", start=9, scale=0.1), torch.zeros(3, 1, 1)
     steep = torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
     actor.critic.steepness.fill_(2.0)
-    actor.critic.slope = lambda obs, norm, members: lambda act: steep.unsqueeze(1)
+    actor.critic.slope = lambda obs, members: lambda act: steep.unsqueeze(1)
     moved = plain(actor, obs) - plain(policy, obs)
     torch.testing.assert_close(moved, 0.2 * steep / 2.0, atol=1e-5, rtol=0)
     actor.limit = 0.05
@@ -233,7 +233,47 @@ def test_the_closed_form_slope_is_autograds(obs_steps):
     obs, x0 = torch.randn(5, obs_steps, 2), torch.randn(10, 6, 2)
     at = x0.clone().requires_grad_()
     (expected,) = torch.autograd.grad(actor.rise(obs, 2)(at, 0).sum(), at)
-    torch.testing.assert_close(actor.slopes(obs, 2)(x0, 0), expected)
+    slopes = actor.slopes(obs, 2)
+    one, both, again = (slopes(x0, i) for i in range(3))  # members are asked in turn
+    torch.testing.assert_close(both, expected)
+    torch.testing.assert_close(again, expected)
+    assert not torch.allclose(one, expected)
+
+
+def test_members_take_turns_and_their_last_slopes_stand():
+    policy = diffusion().eval()
+    critic, obs = guided(policy).critic, torch.randn(3, 1, 1)
+    x = [torch.randn(3, 1, 4, 1) for _ in range(4)]
+    first, second = (q.slope(q.encode(critic.obs_norm(obs))) for q in critic.target)
+    mean = critic.slope(obs, 2)
+    for at, expected in zip(
+        x, [first(x[0]), *((first(a) + second(b)) / 2 for a, b in ((x[0], x[1]), (x[2], x[1]), (x[2], x[3])))], strict=True
+    ):
+        torch.testing.assert_close(mean(at), expected)
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "full"])
+def test_a_slope_serves_so_many_steps(jacobian):
+    policy, obs = diffusion().eval(), torch.randn(3, 1, 1)
+    asked = []
+
+    def value(obs, act):
+        asked.append(len(act))
+        return act.square().sum((1, 2))
+
+    actor = guided(policy, value=value, jacobian=jacobian, start=1, stop=7, every=4)
+    push = actor.guide(obs, 1)
+    x, cond = torch.randn(3, 4, 1), policy.encode(obs)
+    counts, moves = [], []
+    for i in range(8):
+        x0 = policy.estimate(x, i, cond)
+        moves.append(push(lambda at, i=i: policy.estimate(at, i, cond), x, i) - x0)
+        counts.append(len(asked))
+    assert counts == [0, 1, 1, 1, 1, 2, 2, 2]  # at steps 1 and 5
+    assert moves[0].abs().max() == 0 == moves[7].abs().max()
+    for i in (2, 3, 4):
+        torch.testing.assert_close(moves[i], moves[1])
+    torch.testing.assert_close(moves[6], moves[5])
 
 
 @pytest.mark.parametrize("activation", ["ReLU", "SiLU", "Mish", "GELU"])

@@ -160,7 +160,7 @@ def test_ranked_and_guided_chunks_are_the_same(work):
         actor.critic.act_norm.scale.fill_(1.0)
         other = seeded(lambda: textbook_rl.ranked(theirs, nets, obs, cfg.algo.actor.candidates))
     else:
-        other = seeded(lambda: textbook_rl.guided(theirs, nets, obs, 0.1, cfg.algo.actor.start))
+        other = seeded(lambda: textbook_rl.guided(theirs, nets, obs, 0.1, cfg.algo.actor.start, cfg.algo.actor.every))
     close(seeded(lambda: actor(obs)[0]), other, atol=1e-3, rtol=1e-3)
 
 

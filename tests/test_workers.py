@@ -1,5 +1,7 @@
 """Environments that lie, raise, die and hang: dropped, restarted, counted and named."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,13 @@ from test_envs import Constant, collector
 
 from dprl import rewards
 from dprl.data.chunks import RolloutReturns, from_rollout
+from dprl.envs.chunk import ChunkEnv
 from dprl.envs.collect import Collector
+from dprl.envs.workers import Workers
 from dprl.errors import UserError
 from dprl.evaluate import evaluate
 
-WORKERS = dict(timeout=5.0, restarts=2)
+WORKERS = dict(processes=None, timeout=5.0, restarts=2)
 
 
 def faulty(what: str, at: int, marker=None, *, task: str = "toys:Counter-v0", **changes):
@@ -177,14 +181,14 @@ def test_a_process_killed_between_two_chunks(tmp_path):
     envs = vec("toys:Counter-v0", num_envs=2, backend="async", workers=WORKERS)
     envs.reset(seeds=[0, 1])
     envs.step(np.zeros((2, 4, 1)))
-    envs.envs.processes[0].kill()
-    envs.envs.processes[0].join()
+    envs.envs.workers[0].process.kill()
+    envs.envs.workers[0].process.join()
     obs = envs.reset(mask=np.array([False, True]))
     assert obs[0, 0].tolist() == [0, 4] and obs[1, 0].tolist() == [1, 0]
     step = envs.step(np.zeros((2, 4, 1)))
     assert step.length.tolist() == [0, 4] and step.truncated.tolist() == [True, False] and list(step.lost) == [0]
     assert step.obs[0, 0].tolist() == [0, 4]
-    envs.envs.processes[1].kill()
+    envs.envs.workers[1].process.kill()
     obs = envs.reset(seeds=[0, 1])  # lost in a reset of its own: nothing to drop
     assert obs[:, 0, 1].tolist() == [0, 0]
     assert envs.step(np.zeros((2, 4, 1))).lost == {}
@@ -197,3 +201,50 @@ def test_the_marker_is_made_once(tmp_path):
         env.reset()
     rewards = [[env.step(np.zeros(1))[1] for _ in range(4)] for env in envs]
     assert sum(np.isinf(row).sum() for row in rewards) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 9])
+def test_environments_shared_out_to_processes_are_those_of_one(processes):
+    def steps(**where):
+        envs = vec("toys:Aim-v0", num_envs=5, act_steps=2, **where)
+        seen = [envs.reset(seeds=range(5))]
+        draw = np.random.default_rng(0)
+        for _ in range(30):
+            step = envs.step(draw.uniform(-1, 1, (5, 2, 1)))
+            seen += [step.obs, step.rew, step.length, step.terminated, step.truncated, step.success, step.terms]
+            if step.done.any():
+                seen.append(envs.reset(mask=step.done))
+        envs.rest(np.arange(5) > 2)
+        seen.append(envs.step(np.zeros((5, 2, 1))).length)
+        if where:
+            assert len(envs.envs.workers) == min(5, processes)
+        envs.close()
+        return seen
+
+    for here, there in zip(steps(), steps(backend="async", workers=WORKERS | dict(processes=processes)), strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
+@pytest.mark.slow
+def test_what_a_lost_process_had_is_dropped_and_no_more(tmp_path, capsys):
+    """Of four environments, two a process; Counter's episodes have 10 steps, the process is lost in the second chunk."""
+    collect = collector(faulty("exit", 7, tmp_path / "once", num_envs=4, backend="async", workers=WORKERS | dict(processes=2)))
+    rollout = collect(Constant(), 4)
+    lost = (rollout.length == 0).any(0)
+    assert lost.tolist() in ([True, True, False, False], [False, False, True, True])
+    assert (torch.tensor([4, 0, 4, 4]) == rollout.length[:, lost].T).all() and rollout.truncated[1, lost].all()
+    assert torch.equal(rollout.next_obs[1, lost], rollout.obs[1, lost])
+    assert (torch.tensor([4, 4, 2, 4]) == rollout.length[:, ~lost].T).all()
+    assert collect.metrics()["train/dropped_episodes"] == 2
+    assert "the process of environments" in capsys.readouterr().err
+
+
+def test_a_process_that_does_not_start_is_told():
+    def never() -> ChunkEnv:
+        time.sleep(60)
+        raise AssertionError
+
+    with pytest.raises(UserError, match="did not answer as it was started"):
+        Workers([never], processes=1, timeout=0.2, restarts=1)
+    with pytest.raises(UserError, match=r"guards\.workers\.processes is none"):
+        Workers([never], processes=0, timeout=None, restarts=0)

@@ -15,7 +15,6 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
-from dprl import rng
 from dprl.envs.observe import Observe, vectors
 from dprl.errors import UserError, found
 from dprl.rewards import NotFinite, Transition, WeightedSum
@@ -81,7 +80,6 @@ class ChunkEnv(gym.Wrapper):
         self.history: deque = deque(maxlen=obs_steps)
         self.prev_act: np.ndarray | None = None
         self.done = True
-        self.alone = False  # in its process: then resets seed the generators that code of users may draw from
         self.steps = 0  # of the episode, before the chunk
         self.fault: str | None = None  # of the observation that the episode began with
 
@@ -89,8 +87,6 @@ class ChunkEnv(gym.Wrapper):
         if options is not None and options.get("rest"):
             self.done = True
             return self._stacked(), {}
-        if self.alone and seed is not None:
-            rng.seed(seed)
         try:
             obs, _ = self.env.reset(seed=seed, options=options)
         except Exception as error:

@@ -24,7 +24,7 @@ def faster(make: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["s
         return "sync"
     if name not in taken:
         here = rate(SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED))
-        apart = rate(Workers([make] * processes, timeout=None, restarts=0))
+        apart = rate(Workers([make] * processes, processes=None, timeout=None, restarts=0))
         taken[name] = "async" if apart > LEAD * here else "sync"
         print(f"task.env.backend=auto: {taken[name]} ({here:.0f} chunks/s in this process, {apart:.0f} in {processes} others)")
     return taken[name]
@@ -33,7 +33,8 @@ def faster(make: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["s
 def rate(envs: SyncVectorEnv | Workers) -> float:
     """Chunks a second."""
     envs.action_space.seed(0)
-    envs.reset(seed=0)
+    seeds: list[int | None] = [0] * envs.num_envs
+    envs.reset(seed=seeds)
     act = envs.action_space.sample()
     chunks, begun = 0, time.perf_counter()
     while (spent := time.perf_counter() - begun) < SECONDS:

@@ -132,7 +132,7 @@ def make_vec(
     trace: bool = False,
     workers: Mapping[str, Any] | None = None,
 ) -> VecEnv:
-    """A vector of any gymnasium environment, in this process (``sync``), a process each (``async``), whichever of the two is
+    """A vector of any gymnasium environment, in this process (``sync``), in processes (``async``), whichever of the two is
     measured to be faster (``auto``) or, of those that EnvPool has, in its threads (``envpool``).
 
     ``info_keys`` and ``metrics`` are keys of ``info`` whose last value in an episode is kept: ``metrics`` are numbers that
@@ -162,7 +162,7 @@ def make_vec(
     if backend == "sync":
         envs = SyncVectorEnv(makes, autoreset_mode=AutoresetMode.DISABLED)
     else:
-        envs = Workers(makes, **(workers or dict(timeout=None, restarts=0)))
+        envs = Workers(makes, **(workers or dict(processes=None, timeout=None, restarts=0)))
     return VecEnv(envs, **told)
 
 

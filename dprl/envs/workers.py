@@ -1,212 +1,283 @@
-"""Environments in a process each, watched: one that dies or hangs is replaced, and its episode dropped.
+"""Environments in processes, watched: a process that dies or hangs is replaced, and its episodes dropped.
 
-Letters: N environments.
+Letters: N environments, P processes, M environments of one process.
 """
 
 import contextlib
-import copy
 import faulthandler
+import gc
+import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
-from dprl import signals
+from dprl import rng, signals
+from dprl.cores import cores
 from dprl.envs.chunk import ChunkEnv
 from dprl.errors import UserError, found
 from dprl.log import warn
 
-HOW: dict[str, Any] = dict(shared_memory=False, autoreset_mode=AutoresetMode.DISABLED)
-Again = tuple[int | None, dict[str, Any]] | None  # the seed and the options of a reset
+Makes = Sequence[Callable[[], ChunkEnv]]
+METHOD = "fork" if sys.platform == "linux" else "spawn"  # said, since importing torchrl changes what is not
 GRACE = 0.5  # seconds that a process is given to say where it hangs, or to be seen dead
 
 
-class Line:
-    """A pipe to a worker that tells a lost one: sending to it does nothing, and no answer of its comes."""
+class Lost(Exception):
+    """A process that died or did not answer in time."""
 
-    def __init__(self, pipe: Connection):
-        self.pipe = pipe
-        self.answer: tuple[Any, bool] | None = None
 
-    def send(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told where the answer is waited for
-            self.pipe.send(message)
+class Worker:
+    """A process of environments; it does as a ``SyncVectorEnv`` of them would."""
 
-    def wait(self, end: float | None) -> str | None:
-        """Takes the answer, which ``recv`` gives; what went wrong if none came before ``end``, of ``time.monotonic``."""
+    def __init__(self, makes: Makes, folder: str):
+        context: Any = multiprocessing.get_context(METHOD)
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, self.pipe, CloudpickleWrapper(makes), folder)  # type: ignore[arg-type]
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, what: str, *arguments: Any) -> None:
+        with contextlib.suppress(OSError):  # of a broken pipe: told where the answer is waited for
+            self.pipe.send((what, arguments))
+
+    def answer(self, end: float | None) -> Any:
+        """What it answers. Raises ``Lost`` if nothing came before ``end``, of ``time.monotonic``, and ``UserError`` for what an
+        environment raised."""
         try:
             if end is not None and not self.pipe.poll(max(0.0, end - time.monotonic())):
-                return "did not answer"
-            self.answer = self.pipe.recv()
-            return None
+                raise Lost("did not answer")
+            said, error = self.pipe.recv()
         except (EOFError, ConnectionError):
-            return "died"
+            raise Lost("died") from None
+        if error is not None:
+            raise error
+        return said
 
-    def recv(self) -> Any:
-        answer, self.answer = self.answer, None
-        return self.pipe.recv() if answer is None else answer
+    def end(self, *, hangs: bool, folder: str) -> str:
+        """Ends it; returns what it said of where it was, if it did."""
+        if hangs and self.process.pid is not None and self.process.is_alive() and hasattr(faulthandler, "register"):
+            os.kill(self.process.pid, signal.SIGUSR1)
+        self.process.join(GRACE)
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        file = Path(folder) / str(self.process.pid)
+        return file.read_text().rstrip() if file.is_file() else ""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pipe, name)
 
-
-def reporting(make: Callable[[], ChunkEnv], folder: str, parent: int) -> ChunkEnv:
-    """``make()``; in a worker, which leaves signals to the parent and has the generators that code of users may draw from to
-    itself, where it crashed, or hung when it is asked, is written to a file of ``folder``."""
-    made = make()
-    if os.getpid() != parent:
-        signals.leave_to_parent()
-        made.alone = True
-        file = (Path(folder) / str(os.getpid())).open("w")
+def _serve(pipe: Connection, parents: Connection, makes: CloudpickleWrapper, folder: str) -> None:
+    """A worker's life. It leaves signals to the parent; where it crashed, or hung when it is asked, is written to a file of
+    ``folder``."""
+    parents.close()
+    gc.freeze()  # what is shared with the parent stays shared: the collector would write to it
+    signals.leave_to_parent()
+    with (Path(folder) / str(os.getpid())).open("w") as file, contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         faulthandler.enable(file)
         if hasattr(faulthandler, "register"):  # not on Windows
             faulthandler.register(signal.SIGUSR1, file)
-    return made
+        served: Served | None = None
+        while True:
+            try:
+                if served is None:
+                    served = Served(makes.fn)  # type: ignore[arg-type]
+                    answer: Any = served.spaces
+                else:
+                    what, arguments = pipe.recv()
+                    if what == "close":
+                        return served.envs.close()
+                    answer = getattr(served, what)(*arguments)
+                pipe.send((answer, None))
+            except UserError as error:
+                pipe.send((None, error))
+            except (EOFError, ConnectionError):
+                raise
+            except Exception:
+                pipe.send((None, UserError(f"an environment failed\n{traceback.format_exc()}")))
 
 
-class Workers(AsyncVectorEnv):
-    """gymnasium's vector of processes, of which one that is lost is replaced alone.
+class Served:
+    """What a worker can be asked."""
+
+    def __init__(self, makes: Makes):
+        self.envs = SyncVectorEnv(makes, copy=False, autoreset_mode=AutoresetMode.DISABLED)
+        self.spaces = self.envs.single_observation_space, self.envs.single_action_space
+
+    def reset(self, seeds: Sequence[int | None], options: dict[str, Any]) -> Any:
+        if (first := next((seed for seed in seeds if seed is not None), None)) is not None:
+            rng.seed(first)  # the generators that code of users may draw from are this process's own
+        return self.envs.reset(seed=list(seeds), options=options)[0]
+
+    def step(self, act: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        *results, info = self.envs.step(act)
+        info.setdefault("fault", np.full(len(act), None))
+        return *results, {key: value for key, value in info.items() if not key.startswith("_")}  # type: ignore[return-value]
+
+
+class Workers:
+    """A vector of N environments in P ``processes``, as many as cores if that is null. One that is lost is replaced alone.
 
     A process is lost when it died, or took longer than ``timeout`` seconds (None: never) for one chunk or reset of all. A
-    new one is started, with a seed that follows from its environment's and the count of restarts; for the chunk that was
-    lost it answers as an environment at rest, and ``step`` marks it as truncated and says why in ``info["lost"]``. Where
+    new one is started, with seeds that follow from its environments' and the count of restarts; for the chunk that was
+    lost it answers as environments at rest, and ``step`` marks them as truncated and says why in ``info["lost"]``. Where
     it was lost in a reset, the reset is made again. After ``restarts`` of them a ``UserError`` ends the run with what the
     last one left behind. What an environment raises ends the run at once.
 
-    Observations travel through the pipes: gymnasium's shared memory cannot be handed to a new process.
+    Like gymnasium's vectors, with ``reset_mask``; but those have a process for each environment, and of a chunk of small
+    environments the most is then switching between processes.
     """
 
-    broken = False  # an error ended it while answers were pending
-
-    def __init__(self, makes: Sequence[Callable[[], ChunkEnv]], *, timeout: float | None, restarts: int):
+    def __init__(self, makes: Makes, *, processes: int | None, timeout: float | None, restarts: int):
         if timeout is not None and timeout <= 0:
             raise found("guards.workers.timeout is no time", "more than 0 seconds, or null", timeout, "guards.workers.timeout=300")
-        self.traces = tempfile.TemporaryDirectory(prefix="dprl-workers-")
-        try:
-            super().__init__([partial(reporting, make, self.traces.name, os.getpid()) for make in makes], **HOW)
-        except (EOFError, ConnectionError):
-            fix = "read what it said above; its module must be importable there too"
-            raise found("a process of the environments died as it was started", "a running one", "none", fix) from None
-        self.parent_pipes = [Line(pipe) for pipe in self.parent_pipes]  # type: ignore[assignment]
-        self.queues = [self.error_queue] * self.num_envs
-        self.seeds = [0] * self.num_envs  # the last that each was given
+        if processes is not None and processes < 1:
+            raise found("guards.workers.processes is none", "at least 1, or null", processes, "guards.workers.processes=null")
+        self.makes, self.num_envs = list(makes), len(makes)
+        ends = np.linspace(0, self.num_envs, min(self.num_envs, processes or cores()) + 1).astype(int)
+        self.parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]  # of the environments, by process
         self.timeout, self.restarts, self.restarted = timeout, restarts, 0
+        self.folder = tempfile.TemporaryDirectory(prefix="dprl-workers-")
+        self.workers = [self._start(part) for part in self.parts]
+        try:
+            spaces = [worker.answer(self._end()) for worker in self.workers]
+        except (Lost, UserError) as why:
+            self.close()
+            if isinstance(why, UserError):
+                raise
+            fix = "read what it said above; its module must be importable there too"
+            raise found(f"a process of the environments {why} as it was started", "a running one", "none", fix) from None
+        self.single_observation_space, self.single_action_space = spaces[0]
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.seeds = [0] * self.num_envs  # the last that each was given
+        self.obs: Any = None  # the last that was observed
         self.lost: dict[int, str] = {}  # whose episodes, since the last step
 
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Sequence[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         options = dict(options or {})
-        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
-        seeds = [None] * self.num_envs if seed is None else seed
+        mask = options.pop("reset_mask", np.ones(self.num_envs, bool))
+        seeds: list[int | None] = [None] * self.num_envs if seed is None else list(seed)
         self.seeds = [now if new is None else new for now, new in zip(self.seeds, seeds, strict=True)]
         self.lost = {i: why for i, why in self.lost.items() if not mask[i]}
-        self.reset_async(seed=seed, options=options or None)
-        rest = {key: value for key, value in options.items() if key != "reset_mask"}
-        again: list[Again] = [(new, rest) if masked else None for new, masked in zip(seeds, mask, strict=True)]
-        before = self._await("reset", again)
-        obs, info = self.reset_wait()
-        return self._restored(obs, before), info
+        asked = [p for p, part in enumerate(self.parts) if mask[part].any()]
+        for p in asked:
+            part = self.parts[p]
+            self.workers[p].ask("reset", seeds[part], options | {"reset_mask": mask[part]})
+        answers = dict(zip(asked, self._answers(asked, lambda p, worker: self._reset_again(p, worker, seeds, mask, options)), strict=True))
+        self.obs = _joined([answers[p] if p in answers else self._seen(part) for p, part in enumerate(self.parts)])
+        return self.obs, {}
 
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        self.step_async(actions)
-        before = self._await("step", [None] * self.num_envs)
-        obs, rew, terminated, truncated, info = self.step_wait()
+    def step(self, act: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        for worker, part in zip(self.workers, self.parts, strict=True):
+            worker.ask("step", act[part])
+        answers = self._answers(range(len(self.workers)), self._rest)
+        obs, rew, terminated, truncated = (_joined(parts) for parts in list(zip(*answers, strict=True))[:4])
+        told = {key: np.concatenate([info[key] for *_, info in answers]) for key in answers[0][4]}
         truncated[list(self.lost)] = True
-        info["lost"], self.lost = self.lost, {}
-        return self._restored(obs, before, info["lost"]), rew, terminated, truncated, info
+        lost, self.lost = self.lost, {}
+        self.obs = obs
+        return obs, rew, terminated, truncated, told | {"lost": lost}
 
-    def close(self, **arguments: Any) -> None:
-        try:
-            super().close(**arguments | ({"terminate": True} if self.broken else {}))
-        except (EOFError, OSError):  # a process had died
-            super().close(terminate=True)
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.ask("close")
+        for worker in self.workers:
+            worker.process.join(GRACE)
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
 
-    def _await(self, pending: str, again: list[Again]) -> Any:
-        """Waits for every worker's answer, replacing those that do not; returns the observations before, if an episode was lost.
+    def _start(self, part: slice) -> Worker:
+        return Worker(self.makes[part], self.folder.name)
 
-        ``again`` holds the seed and the options of those that are being reset.
-        """
-        end = None if self.timeout is None else time.monotonic() + self.timeout
-        try:
-            for i in range(self.num_envs):
-                why = self._line(i).wait(end)
-                while why is not None:
-                    why = self._replace(i, why, pending, again[i])
-            for i in range(self.num_envs):
-                if not self._line(i).answer[1]:  # type: ignore[index]
-                    _, _, error, trace = self.queues[i].get(timeout=10)
-                    raise error if isinstance(error, UserError) else UserError(f"environment {i} failed\n{trace}")
-        except BaseException:
-            self.broken, self._state = True, AsyncState.DEFAULT
-            raise
-        return copy.deepcopy(self.observations) if self.lost else None
+    def _end(self) -> float | None:
+        return None if self.timeout is None else time.monotonic() + self.timeout
 
-    def _line(self, i: int) -> Line:
-        return self.parent_pipes[i]  # type: ignore[return-value]
+    def _seen(self, part: slice) -> Any:
+        """What the environments of ``part`` observed last."""
+        return {key: value[part] for key, value in self.obs.items()} if isinstance(self.obs, dict) else self.obs[part]
 
-    def _replace(self, i: int, why: str, pending: str, again: Again) -> str | None:
-        """Ends process ``i``, which did ``why``, and starts another, with its answer to what is pending; what went wrong if
-        that one is lost too."""
-        trace = self._end(i, why)
-        why = why if why == "died" else f"{why} within {self.timeout:g} s"
-        what = f"the process of environment {i} {why} (exit code {self.processes[i].exitcode})"
-        if self.restarted == self.restarts:
-            fix = "repair the environment; or a larger guards.workers.timeout, or guards.workers.restarts"
-            raise found(what, f"at most {self.restarts} restarts (guards.workers.restarts)", f"one more\n{trace}", fix)
-        self.restarted += 1
-        warn(f"{what}; restart {self.restarted} of {self.restarts}\n{trace}".rstrip())
-        if again is None:
-            self.lost.setdefault(i, what)
-        seed = int(np.random.SeedSequence([self.seeds[i], self.restarted]).generate_state(1)[0])
-        try:
-            fresh = AsyncVectorEnv([self.env_fns[i]], **HOW)
-        except (EOFError, ConnectionError):
-            return "died"
-        self.parent_pipes[i], self.processes[i] = Line(fresh.parent_pipes[0]), fresh.processes[0]  # type: ignore[call-overload]
-        self.queues[i] = fresh.error_queue
-        try:
-            fresh.reset_async(seed=[seed])
-            fresh.reset_wait(self.timeout)
-            if again is not None:
-                fresh.reset_async(seed=[again[0]], options=again[1] or None)
-            else:
-                fresh.reset_async(options={"rest": True})
-                if pending == "step":
-                    fresh.reset_wait(self.timeout)
-                    fresh.step_async(np.zeros((1, *self.single_action_space.shape), np.float32))  # type: ignore[misc]
-        except multiprocessing.TimeoutError:
-            return "did not answer"
-        except (EOFError, ConnectionError):
-            return "died"
-        finally:
-            fresh.closed = True  # its process is this vector's
-        return self._line(i).wait(None if self.timeout is None else time.monotonic() + self.timeout)
+    def _answers(self, asked: Sequence[int], again: Callable[[int, Worker], Any]) -> list[Any]:
+        """The answers of the processes ``asked``; one that is lost is replaced, and ``again`` asks the new one."""
+        end, out = self._end(), []
+        for p in asked:
+            try:
+                out.append(self.workers[p].answer(end))
+            except Lost as why:
+                out.append(self._replaced(p, str(why), again))
+        return out
 
-    def _end(self, i: int, why: str) -> str:
-        """Ends the process; returns what it said of where it was, if it did."""
-        process = self.processes[i]
-        if why != "died" and process.pid is not None and process.is_alive() and hasattr(faulthandler, "register"):
-            os.kill(process.pid, signal.SIGUSR1)
-        process.join(GRACE)
-        process.kill()
-        process.join()
-        self.parent_pipes[i].close()
-        file = Path(self.traces.name) / str(process.pid)
-        return file.read_text().rstrip() if file.is_file() else ""
+    def _replaced(self, p: int, why: str, again: Callable[[int, Worker], Any]) -> Any:
+        """Ends process ``p``, which did ``why``, and starts others until one answers."""
+        part = self.parts[p]
+        while True:
+            worker = self.workers[p]
+            trace = worker.end(hangs=why != "died", folder=self.folder.name)
+            last = part.stop - 1
+            of = f"environment {last}" if part.start == last else f"environments {part.start} to {last}"
+            why = why if why == "died" else f"{why} within {self.timeout:g} s"
+            what = f"the process of {of} {why} (exit code {worker.process.exitcode})"
+            if self.restarted == self.restarts:
+                fix = "repair the environment; or a larger guards.workers.timeout, or guards.workers.restarts"
+                raise found(what, f"at most {self.restarts} restarts (guards.workers.restarts)", f"one more\n{trace}", fix)
+            self.restarted += 1
+            warn(f"{what}; restart {self.restarted} of {self.restarts}\n{trace}".rstrip())
+            self.lost |= {i: what for i in range(part.start, part.stop) if i not in self.lost}
+            worker = self.workers[p] = self._start(part)
+            try:
+                worker.answer(self._end())
+                fresh = [int(np.random.SeedSequence([seed, self.restarted]).generate_state(1)[0]) for seed in self.seeds[part]]
+                self._asked(worker, "reset", fresh, {})
+                return again(p, worker)
+            except Lost as other:
+                why = str(other)
 
-    def _restored(self, obs: Any, before: Any, lost: Sequence[int] | dict[int, str] | None = None) -> Any:
-        """``obs`` with those of the lost episodes as they were ``before``."""
-        for i in self.lost if lost is None else lost:
-            for new in (obs, self.observations):
-                for key in before if isinstance(before, dict) else [...]:
-                    new[key][i] = before[key][i]
+    def _asked(self, worker: Worker, what: str, *arguments: Any) -> Any:
+        worker.ask(what, *arguments)
+        return worker.answer(self._end())
+
+    def _rest(self, p: int, worker: Worker) -> Any:
+        """The answer of a new process to a step: of environments at rest, which observe what they did before."""
+        part = self.parts[p]
+        count = part.stop - part.start
+        self._asked(worker, "reset", [None] * count, {"rest": True})
+        _, *results = self._asked(worker, "step", np.zeros((count, *self.single_action_space.shape), np.float32))  # type: ignore[misc]
+        return self._seen(part), *results
+
+    def _reset_again(self, p: int, worker: Worker, seeds: Sequence[int | None], mask: np.ndarray, options: dict[str, Any]) -> Any:
+        """The answer of a new process to a reset of those of ``mask``; the others, whose episodes are lost, rest."""
+        part = self.parts[p]
+        if mask[part].all():
+            obs = self._asked(worker, "reset", seeds[part], options)
+        else:
+            new = self._asked(worker, "reset", seeds[part], options | {"reset_mask": mask[part]})
+            self._asked(worker, "reset", [None] * len(mask[part]), {"rest": True, "reset_mask": ~mask[part]})
+            obs = _where(mask[part], new, self._seen(part))
+        self.lost = {i: why for i, why in self.lost.items() if not mask[i]}  # their new episodes are whole
         return obs
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Arrays, or dictionaries of arrays, one after the other."""
+    if isinstance(parts[0], dict):
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return np.concatenate(parts)
+
+
+def _where(mask: np.ndarray, new: Any, old: Any) -> Any:
+    """``new`` in the rows of ``mask`` [M], ``old`` in the others; of arrays or dictionaries of them."""
+    if isinstance(new, dict):
+        return {key: _where(mask, new[key], old[key]) for key in new}
+    return np.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -76,15 +76,10 @@ class ChunkValue(nn.Module):
         """``act`` [N, n, Ta, A], n chunks for each ``cond`` [N, W]: [N, n]."""
         return self.rest(self.chunk(act.flatten(2)) + cond[:, None]).squeeze(-1)
 
-    def slope(self, cond: Tensor, gain: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
-        """dQ(gain x + shift) / dx, without autograd, as a function of ``x`` [N, n, Ta, A], which it is shaped as.
-
-        ``cond`` [N, W] is what ``encode`` made of the observation; ``gain`` and ``shift`` [A].
-        """
+    def slope(self, cond: Tensor) -> Callable[[Tensor], Tensor]:
+        """dQ(x) / dx, without autograd, as a function of ``x`` [N, n, Ta, A], which it is shaped as. ``cond`` [N, W] is what
+        ``encode`` made of the observation."""
         rest, weight = slope.of([*self.rest[0], self.rest[1]]), self.chunk.weight  # type: ignore[misc]
-        steps = weight.shape[1] // len(gain)
-        cond = cond + weight @ shift.repeat(steps)  # gain and shift are a part of the first layer from here on
-        weight = weight * gain.repeat(steps)  # [W, Ta A]
 
         def of(x: Tensor) -> Tensor:
             rows = x.flatten(2).flatten(0, 1)  # [N n, Ta A]

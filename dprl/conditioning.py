@@ -77,10 +77,10 @@ class Returns(nn.Module):
             seen["plain"] = denoiser.encode(self.joined(obs, None))  # type: ignore[operator]
         return TensorDict(seen, [len(obs)])
 
-    def predict(self, denoiser: nn.Module, x: Tensor, k: Tensor, cond: TensorDict) -> Tensor:
+    def predict(self, denoiser: nn.Module, x: Tensor, k: Tensor | int, cond: TensorDict) -> Tensor:
         """The exaggerated prediction for ``x`` [N, H, A]: both halves in one call."""
         if self.weight == 1:
             return denoiser(x, k, cond["asked"])
         both = torch.cat([cond["plain"], cond["asked"]])
-        plain, asked = denoiser(torch.cat([x, x]), torch.cat([k, k]) if k.dim() else k, both).chunk(2)
+        plain, asked = denoiser(torch.cat([x, x]), k if isinstance(k, int) else torch.cat([k, k]), both).chunk(2)
         return plain + self.weight * (asked - plain)

@@ -31,8 +31,8 @@ class Denoiser(Protocol):
         """Everything that depends on the observation alone; called once a chunk."""
         ...
 
-    def __call__(self, x: Tensor, k: Tensor, cond: Cond) -> Tensor:
-        """``x`` [N, H, A] at level ``k``, [N] or one for all, -> the prediction [N, H, A]."""
+    def __call__(self, x: Tensor, k: Tensor | int, cond: Cond) -> Tensor:
+        """``x`` [N, H, A] at level ``k``, [N] or a number for all, -> the prediction [N, H, A]."""
         ...
 
 
@@ -115,7 +115,7 @@ class DiffusionPolicy(ChunkPolicy):
     def estimate(self, x: Tensor, i: Tensor | int, cond: Cond) -> Tensor:
         """The clean chunk that the denoiser sees in ``x`` [N, H, A] before reverse step ``i``."""
         predict = self.denoiser if self.condition is None else partial(self.condition.predict, self.denoiser)
-        pred = predict(x, self.schedule.levels[i], cond).to(x.dtype)  # the network alone computes in bfloat16, if anything does
+        pred = predict(x, self.schedule.level(i), cond).to(x.dtype)  # the network alone computes in bfloat16, if anything does
         return self.schedule.denoised(x, pred, i).clamp(-self.clip, self.clip)
 
     def denoise(

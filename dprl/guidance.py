@@ -188,7 +188,7 @@ class GuidedActor(Wrapper):
 
             def height(x: Tensor, i: int) -> Tensor:
                 act = self.act_norm(self.policy.to_env(x)).unflatten(0, (-1, n))
-                return energy(cond, act, self.policy.schedule.levels[i]).flatten()
+                return energy(cond, act, self.policy.schedule.level(i)).flatten()
 
             return height
         critic, guides = self.critic, self.guides

@@ -80,11 +80,16 @@ class Schedule(nn.Module):
         # numbers, for a step that is the same for all rows
         single = () if alpha_bar.is_meta else ("clean_x", "clean_pred", "mean_x", "mean_clean")
         self.by_step: dict[str, list[float]] = {name: tables[name].float().tolist() for name in single}
+        self.level_of = None if levels.is_meta else levels.tolist()
         self.register_buffer("levels", levels, persistent=False)
 
     def __len__(self) -> int:
         """Reverse steps taken."""
         return len(self.levels)
+
+    def level(self, i: Tensor | int) -> Tensor | int:
+        """The level before reverse step ``i``, an int or one a row [N]."""
+        return self.level_of[i] if isinstance(i, int) and self.level_of else self.levels[i]
 
     def _mixed(self, first: str, x: Tensor, second: str, y: Tensor, i: Tensor | int) -> Tensor:
         """``first``[i] x + ``second``[i] y."""

@@ -225,7 +225,7 @@ def pusht_compared(seed: int, data: Path) -> None:
 
 def pusht_image(seed: int, data: Path) -> None:
     """From pictures and the agent's place, and from that alone."""
-    same = ("train.steps=6000", "train.save_every=1500", "train.batch=64", *FAST)
+    same = ("train.steps=6000", "train.save_every=1500", "train.batch=64", "profile=true", *FAST)
     cloned("unet_image_small", seed, data, *same, task="pusht_image")
     cloned("blind", seed, data, *same, *BLIND, policy="unet_small")
 

@@ -110,6 +110,6 @@ class NoisedValue(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         return self.rest.encode(obs)
 
-    def forward(self, cond: Tensor, act: Tensor, k: Tensor) -> Tensor:
+    def forward(self, cond: Tensor, act: Tensor, k: Tensor | int) -> Tensor:
         """``cond`` [N, W] from ``encode``; ``k`` one level for all, or one a row [N]."""
         return self.rest(cond + self.time(self.table[k]), act)

@@ -76,7 +76,7 @@ class DiTDenoiser(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         return self.obs(obs.flatten(1))  # [N, To, O] -> [N, F]
 
-    def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor | int, cond: Tensor) -> Tensor:
         *conditions, last = (cond + by_level(self.level, self.table, k)).split(self.sizes, -1)
         h = self.chunk(x) + self.places  # [N, H, W]
         for layer, condition in zip(self.layers, conditions, strict=True):

@@ -44,17 +44,18 @@ def each_level_once() -> Iterator[None]:
         KEPT.rows = before
 
 
-def by_level(net: Callable[[Tensor], Tensor], table: Tensor, k: Tensor) -> Tensor:
+def by_level(net: Callable[[Tensor], Tensor], table: Tensor, k: Tensor | int) -> Tensor:
     """What ``net`` makes of the levels ``k`` in ``table`` [K, size]: [...] of one level for all rows, or [N, ...] of one a row.
 
     Of many, ``net`` sees each of the K levels once, and never a row twice.
     """
-    # not [k]: the gradient of an index adds up in another order each time when there are several threads
     if KEPT.rows is None:
-        return net(embedding(k, table)) if k.dim() == 0 else embedding(k, net(table))
+        # not [k]: the gradient of an index adds up in another order each time when there are several threads
+        return net(table[k]) if isinstance(k, int) else embedding(k, net(table))
     if id(table) not in KEPT.rows:
         KEPT.rows[id(table)] = net(table)
-    return embedding(k, KEPT.rows[id(table)])
+    rows = KEPT.rows[id(table)]
+    return rows[k] if isinstance(k, int) else embedding(k, rows)
 
 
 def vector(obs_shape: Any, reader: nn.Module) -> int:

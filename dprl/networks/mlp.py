@@ -72,6 +72,6 @@ class MLPDenoiser(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         return self.obs(obs.flatten(1))  # [N, To, O] -> [N, W]
 
-    def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor | int, cond: Tensor) -> Tensor:
         h = self.chunk(x.flatten(1)).add_(cond).add_(by_level(self.time, self.table, k))  # [N, W]
         return self.out(self.trunk(h)).view_as(x)  # [N, H, A]

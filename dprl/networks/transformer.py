@@ -89,7 +89,7 @@ class TransformerDenoiser(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         return self.remembered(self.obs(obs) + self.memory_places[1:])  # [N, To, O] -> [N, To, 2 B W]
 
-    def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor | int, cond: Tensor) -> Tensor:
         level = by_level(lambda rows: self.remembered(rows + self.memory_places[0]), self.table, k)  # [2 B W] or [N, 2 B W]
         memory = torch.cat([level.expand(len(x), -1)[:, None], cond], 1)  # [N, 1+To, 2 B W]
         split = memory.unflatten(-1, (len(self.layers), 2, self.layers[0].heads, -1))  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ class UNetDenoiser(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         return self.obs(obs)  # [N, To, O] -> [N, F]
 
-    def forward(self, x: Tensor, k: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor | int, cond: Tensor) -> Tensor:
         films = iter((cond + by_level(self.level, self.table, k)).split(self.films, -1))
         h, left = nn.functional.pad(x, (0, 0, 0, self.filling)), []  # [N, H + filling, A]
         for stage, shrink in zip(self.down, [*self.shrink, nn.Identity()], strict=True):

@@ -151,5 +151,5 @@ class Seeing(nn.Module):
     def encode(self, obs: TensorDictBase) -> Cond:
         return self.denoiser.encode(self.encoder(obs))  # type: ignore[operator]
 
-    def forward(self, x: Tensor, k: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor | int, cond: Cond) -> Tensor:
         return self.denoiser(x, k, cond)

@@ -11,8 +11,7 @@ from dprl.policy import device_of
 
 def compiled(policy: nn.Module) -> None:
     """Compiles the calls of ``policy``'s denoiser where it is: weights keep their names, and a copy of it is not compiled. What
-    torch needs for that is tried out first, so that it is told before a run begins. On a GPU each call is captured as a CUDA graph
-    besides: a reverse step of a small network is mostly the launching of its kernels."""
+    torch needs for that is tried out first, so that it is told before a run begins."""
     denoiser: Any = getattr(policy, "denoiser", None)
     if denoiser is None:
         raise found("compile=true compiles a denoiser", "a diffusion policy", type(policy).__name__, "compile=false")
@@ -22,7 +21,7 @@ def compiled(policy: nn.Module) -> None:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         fix = "install it (a compiler that is not g++: name it in $CXX), or compile=false"
         raise found("compile=true cannot compile here", "what torch.compile wants: a C++ compiler, for a GPU Triton", first, fix) from error
-    denoiser.compile(mode="reduce-overhead" if device_of(policy).type == "cuda" else None)
+    denoiser.compile()
 
 
 def _trial(x: Tensor) -> Tensor:

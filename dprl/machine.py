@@ -30,4 +30,4 @@ def peak_megabytes() -> int | None:
     except ImportError:  # Windows
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(most / (2**20 if sys.platform == "darwin" else 2**10))
+    return round(most * (1 if sys.platform == "darwin" else 1024) / 1e6)

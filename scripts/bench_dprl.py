@@ -84,7 +84,7 @@ def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[s
 
 
 def environments(stack: ExitStack, cfg: DictConfig, policy: Any) -> Any:
-    envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, reward=setup.reward(cfg))
+    envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, seeded=False, reward=setup.reward(cfg))
     stack.callback(envs.close)
     return envs
 

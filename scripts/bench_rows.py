@@ -79,16 +79,13 @@ def rows(*, precisions: Sequence[str] = PRECISIONS, tiny: bool = False) -> list[
 
     hopper, fine = (*HOPPER, *small("pretrain")), small("finetune")
     few = 2 if tiny else 40
-    out = [
-        Row(
-            "BC steps, batch 128 (MLP, 512 wide)",
-            "steps/s",
-            "cloning",
-            dict(pretrain=(*HOPPER, "train.batch=128", *small("pretrain")), data=(1000 if tiny else 25_000, 250), steps=2 if tiny else 50),
-            count=2 if tiny else 50,
-            reference={1: 90, 2: 142},
-        )
-    ]
+    steps = 2 if tiny else 50
+    out = []
+    for precision in precisions:
+        learning = (*HOPPER, "train.batch=128", f"train.precision={precision}", *small("pretrain"))
+        settings = dict(pretrain=learning, data=(1000 if tiny else 25_000, 250), steps=steps)
+        name = f"BC steps, batch 128 (MLP, 512 wide, {precision})"
+        out.append(Row(name, "steps/s", "cloning", settings, count=steps, reference={1: 90, 2: 142}))
     for label, base in (("512 wide, 20 steps", hopper), ("256 wide, 5 steps", _narrow(hopper, tiny))):
         wide = base is hopper
         for n in (1, few):

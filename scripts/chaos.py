@@ -122,7 +122,7 @@ def phase(run: Path, whole: Path) -> str:
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """What of a run is other than in the undisturbed one; times do not count."""
+    """What of a run is other than in the undisturbed one; times and memory do not count."""
 
     def seen(folder: Path) -> dict[str, Any]:
         weights = {
@@ -131,7 +131,7 @@ def differences(run: Path, whole: Path) -> list[str]:
         result = read_json(folder / "result.json")
         best = (folder / "best.json").read_bytes() if (folder / "best.json").exists() else b""
         metrics = [{key: value for key, value in line.items() if key != "seconds"} for line in log.read(folder)]
-        told = {key: value for key, value in result.items() if key not in ("config", "train_seconds")}
+        told = {key: value for key, value in result.items() if key not in ("config", "train_seconds", "peak_megabytes")}
         return weights | {"best.json": best, "metrics.jsonl": metrics, "result.json": told}
 
     one, other = seen(whole), seen(run)

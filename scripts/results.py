@@ -260,7 +260,7 @@ def main() -> None:
             "steps": results_policies.acting(f"{PUSHT}-unet_small-0", "act_steps"),
             "levels": results_policies.acting(f"{PUSHT}-unet_small-0", "schedule.sample_steps", "schedule.eta"),
             "compared": results_policies.runs(groups, SHORT),
-            "images": results_policies.runs(groups, IMAGES),
+            "images": results_policies.runs(groups, IMAGES, profiled=True),
         },
         "docs/idql.md": {
             "results": offline_table(groups),

@@ -29,15 +29,25 @@ def spent(result: dict[str, Any]) -> list[str]:
     return [f"{result['gradient_steps']:,} x {result['config']['train']['batch']}", f"{result['train_seconds'] / 60:.0f}"]
 
 
-def runs(groups: dict, names: dict[tuple[str, str], str]) -> str:
-    """Cloned policies, by task and algorithm, of tasks that measure coverage: a row a run."""
+def rate(result: dict[str, Any]) -> list[str]:
+    """Cells of how fast a profiled run's gradient steps were, batches and all, and of its memory; empty of one that was cut off
+    and resumed, which knows of its last part alone."""
+    if sum(result.get("profile", {}).values()) < result["train_seconds"]:
+        return ["", ""]
+    seconds = sum(result["profile"].get(part, 0.0) for part in ("update", "data"))
+    return [f"{result['gradient_steps'] / seconds:.1f}", f"{result['peak_megabytes']:,} MB"]
+
+
+def runs(groups: dict, names: dict[tuple[str, str], str], *, profiled: bool = False) -> str:
+    """Cloned policies, by task and algorithm, of tasks that measure coverage: a row a run; of ``profiled`` ones, their rate too."""
     rows = []
     for of, name in names.items():
         for result in groups.get(of, ()):
             side, along = result["bc"], [f"{point['evaluation/max_coverage']:.2f}" for point in result["curve"]]
             cells = [covered(side), interval(side["success"], side["success_ci95"], scale=100), str(side["n"]), ", ".join(along)]
-            rows.append([name, str(result["seed"]), *cells, *spent(result)])
-    return markdown(rows, ["policy", "seed", "max. coverage", "success %", "episodes", "along training", *SPENT])
+            rows.append([name, str(result["seed"]), *cells, *spent(result), *(rate(result) if profiled else ())])
+    columns = ["policy", "seed", "max. coverage", "success %", "episodes", "along training", *SPENT]
+    return markdown(rows, columns + (["steps/s", "peak memory"] if profiled else []))
 
 
 def covered(side: dict[str, Any]) -> str:

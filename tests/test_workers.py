@@ -17,7 +17,7 @@ from dprl.envs.workers import Workers
 from dprl.errors import UserError
 from dprl.evaluate import evaluate
 
-WORKERS = dict(processes=None, timeout=5.0, restarts=2)
+WORKERS = dict(processes=2, timeout=5.0, restarts=2)
 
 
 def faulty(what: str, at: int, marker=None, *, task: str = "toys:Counter-v0", **changes):
@@ -203,6 +203,23 @@ def test_the_marker_is_made_once(tmp_path):
     assert sum(np.isinf(row).sum() for row in rewards) == 1
 
 
+@pytest.mark.slow
+def test_a_process_lost_between_two_chunks_with_several_environments():
+    """What a masked reset finds is told with the next chunk, which leads the others to where they were."""
+    envs = vec("toys:Counter-v0", num_envs=3, backend="async", workers=WORKERS | dict(processes=1))
+    envs.reset(seeds=range(3))
+    before = envs.step(np.zeros((3, 4, 1))).obs
+    envs.envs.workers[0].process.kill()
+    envs.envs.workers[0].process.join()
+    obs = envs.reset(mask=np.array([False, True, False]))
+    assert np.array_equal(obs[[0, 2]], before[[0, 2]]) and obs[1, 0].tolist() == [1, 0]
+    step = envs.step(np.zeros((3, 4, 1)))
+    assert np.array_equal(step.obs[[0, 2]], before[[0, 2]]) and step.obs[1, 0].tolist() == [1, 4]
+    assert step.length.tolist() == [0, 4, 0] and step.truncated.tolist() == [True, False, True] and list(step.lost) == [0, 2]
+    assert envs.step(np.zeros((3, 4, 1))).lost == {}
+    envs.close()
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
 def test_environments_shared_out_to_processes_are_those_of_one(processes):
     def steps(**where):
@@ -239,12 +256,22 @@ def test_what_a_lost_process_had_is_dropped_and_no_more(tmp_path, capsys):
     assert "the process of environments" in capsys.readouterr().err
 
 
-def test_a_process_that_does_not_start_is_told():
+def test_a_process_that_does_not_start_is_told(tmp_path):
+    made = tmp_path / "made"
+
     def never() -> ChunkEnv:
         time.sleep(60)
         raise AssertionError
 
+    def refuses() -> ChunkEnv:
+        with made.open("a") as file:
+            file.write("once ")
+        raise UserError("no such simulator")
+
     with pytest.raises(UserError, match="did not answer as it was started"):
         Workers([never], processes=1, timeout=0.2, restarts=1)
+    with pytest.raises(UserError, match="no such simulator"):
+        Workers([refuses], processes=1, timeout=None, restarts=1)
+    assert made.read_text() == "once "
     with pytest.raises(UserError, match=r"guards\.workers\.processes is none"):
         Workers([never], processes=0, timeout=None, restarts=0)

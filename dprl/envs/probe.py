@@ -18,13 +18,14 @@ taken: dict[str, Literal["sync", "async"]] = {}  # what was found out in this pr
 
 def faster(make: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["sync", "async"]:
     """Steps one environment here, then one on each core in a process of its own, with random actions, and compares chunks a
-    second. Both backends take the same steps, so which is chosen changes no number."""
+    second. Both backends take the same steps, so which is chosen changes no number, unless an environment draws from
+    generators of its process."""
     processes = min(num_envs, cores())
     if processes == 1:
         return "sync"
     if name not in taken:
         here = rate(SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED))
-        apart = rate(Workers([make] * processes, processes=None, timeout=None, restarts=0))
+        apart = rate(Workers([make] * num_envs, processes=None, timeout=None, restarts=0))
         taken[name] = "async" if apart > LEAD * here else "sync"
         print(f"task.env.backend=auto: {taken[name]} ({here:.0f} chunks/s in this process, {apart:.0f} in {processes} others)")
     return taken[name]

@@ -41,10 +41,11 @@ class Lost(Exception):
 class Worker:
     """A process of environments; it does as a ``SyncVectorEnv`` of them would."""
 
-    def __init__(self, makes: Makes, folder: str):
+    def __init__(self, makes: Makes, folder: str, others: Sequence["Worker"]):
         context: Any = multiprocessing.get_context(METHOD)
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, self.pipe, CloudpickleWrapper(makes), folder)  # type: ignore[arg-type]
+        parents = [self.pipe, *(other.pipe for other in others if METHOD == "fork")]  # a fork has them all
+        arguments = (theirs, parents, CloudpickleWrapper(makes), folder)  # type: ignore[arg-type]
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -60,7 +61,7 @@ class Worker:
             if end is not None and not self.pipe.poll(max(0.0, end - time.monotonic())):
                 raise Lost("did not answer")
             said, error = self.pipe.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # it may end in the middle of an answer
             raise Lost("died") from None
         if error is not None:
             raise error
@@ -78,34 +79,37 @@ class Worker:
         return file.read_text().rstrip() if file.is_file() else ""
 
 
-def _serve(pipe: Connection, parents: Connection, makes: CloudpickleWrapper, folder: str) -> None:
+def _serve(pipe: Connection, parents: list[Connection], makes: CloudpickleWrapper, folder: str) -> None:
     """A worker's life. It leaves signals to the parent; where it crashed, or hung when it is asked, is written to a file of
     ``folder``."""
-    parents.close()
+    for end in parents:  # so that a worker hears when the parent is gone
+        end.close()
     gc.freeze()  # what is shared with the parent stays shared: the collector would write to it
     signals.leave_to_parent()
-    with (Path(folder) / str(os.getpid())).open("w") as file, contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+    with (Path(folder) / str(os.getpid())).open("w") as file:
         faulthandler.enable(file)
         if hasattr(faulthandler, "register"):  # not on Windows
             faulthandler.register(signal.SIGUSR1, file)
-        served: Served | None = None
-        while True:
-            try:
-                if served is None:
-                    served = Served(makes.fn)  # type: ignore[arg-type]
-                    answer: Any = served.spaces
-                else:
-                    what, arguments = pipe.recv()
-                    if what == "close":
-                        return served.envs.close()
-                    answer = getattr(served, what)(*arguments)
-                pipe.send((answer, None))
-            except UserError as error:
-                pipe.send((None, error))
-            except (EOFError, ConnectionError):
-                raise
-            except Exception:
-                pipe.send((None, UserError(f"an environment failed\n{traceback.format_exc()}")))
+        served, error = _tried(lambda: Served(makes.fn))  # type: ignore[arg-type]
+        answer: Any = (served and served.spaces, error)
+        with contextlib.suppress(EOFError, OSError):  # the parent is gone
+            pipe.send(answer)
+            while error is None:
+                what, arguments = pipe.recv()
+                if what == "close":
+                    served.envs.close()
+                    break
+                pipe.send(_tried(lambda: getattr(served, what)(*arguments)))  # noqa: B023  called at once
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, UserError | None]:
+    """What ``work`` returns, and what it raises."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, error
+    except Exception:
+        return None, UserError(f"an environment failed\n{traceback.format_exc()}")
 
 
 class Served:
@@ -129,11 +133,15 @@ class Served:
 class Workers:
     """A vector of N environments in P ``processes``, as many as cores if that is null. One that is lost is replaced alone.
 
-    A process is lost when it died, or took longer than ``timeout`` seconds (None: never) for one chunk or reset of all. A
+    A process is lost when it died, or took longer than ``timeout`` seconds (None: never) for one chunk or reset of all its
+    environments. A
     new one is started, with seeds that follow from its environments' and the count of restarts; for the chunk that was
     lost it answers as environments at rest, and ``step`` marks them as truncated and says why in ``info["lost"]``. Where
     it was lost in a reset, the reset is made again. After ``restarts`` of them a ``UserError`` ends the run with what the
     last one left behind. What an environment raises ends the run at once.
+
+    Generators that code of users may draw from are a process's own, seeded where an environment of it is reset with a seed; those
+    that share a process share them.
 
     Like gymnasium's vectors, with ``reset_mask``; but those have a process for each environment, and of a chunk of small
     environments the most is then switching between processes.
@@ -149,7 +157,9 @@ class Workers:
         self.parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]  # of the environments, by process
         self.timeout, self.restarts, self.restarted = timeout, restarts, 0
         self.folder = tempfile.TemporaryDirectory(prefix="dprl-workers-")
-        self.workers = [self._start(part) for part in self.parts]
+        self.workers: list[Worker] = []
+        for part in self.parts:
+            self.workers.append(self._start(part))
         try:
             spaces = [worker.answer(self._end()) for worker in self.workers]
         except (Lost, UserError) as why:
@@ -185,8 +195,10 @@ class Workers:
         answers = self._answers(range(len(self.workers)), self._rest)
         obs, rew, terminated, truncated = (_joined(parts) for parts in list(zip(*answers, strict=True))[:4])
         told = {key: np.concatenate([info[key] for *_, info in answers]) for key in answers[0][4]}
-        truncated[list(self.lost)] = True
         lost, self.lost = self.lost, {}
+        if lost:  # they observe what they did before
+            truncated[list(lost)] = True
+            obs = _where(np.isin(np.arange(self.num_envs), list(lost)), self.obs, obs)
         self.obs = obs
         return obs, rew, terminated, truncated, told | {"lost": lost}
 
@@ -200,7 +212,7 @@ class Workers:
             worker.pipe.close()
 
     def _start(self, part: slice) -> Worker:
-        return Worker(self.makes[part], self.folder.name)
+        return Worker(self.makes[part], self.folder.name, self.workers)
 
     def _end(self) -> float | None:
         return None if self.timeout is None else time.monotonic() + self.timeout
@@ -234,7 +246,7 @@ class Workers:
                 raise found(what, f"at most {self.restarts} restarts (guards.workers.restarts)", f"one more\n{trace}", fix)
             self.restarted += 1
             warn(f"{what}; restart {self.restarted} of {self.restarts}\n{trace}".rstrip())
-            self.lost |= {i: what for i in range(part.start, part.stop) if i not in self.lost}
+            self.lost |= {i: f"its process {why}" for i in range(part.start, part.stop) if i not in self.lost}
             worker = self.workers[p] = self._start(part)
             try:
                 worker.answer(self._end())
@@ -249,12 +261,10 @@ class Workers:
         return worker.answer(self._end())
 
     def _rest(self, p: int, worker: Worker) -> Any:
-        """The answer of a new process to a step: of environments at rest, which observe what they did before."""
-        part = self.parts[p]
-        count = part.stop - part.start
+        """The answer of a new process to a step: of environments at rest."""
+        count = self.parts[p].stop - self.parts[p].start
         self._asked(worker, "reset", [None] * count, {"rest": True})
-        _, *results = self._asked(worker, "step", np.zeros((count, *self.single_action_space.shape), np.float32))  # type: ignore[misc]
-        return self._seen(part), *results
+        return self._asked(worker, "step", np.zeros((count, *self.single_action_space.shape), np.float32))  # type: ignore[misc]
 
     def _reset_again(self, p: int, worker: Worker, seeds: Sequence[int | None], mask: np.ndarray, options: dict[str, Any]) -> Any:
         """The answer of a new process to a reset of those of ``mask``; the others, whose episodes are lost, rest."""

@@ -23,9 +23,9 @@ LARGEST = 1.0  # of a scale: a whole range of the actions, each step
 class GuidedActor(Wrapper):
     """Draws chunks from ``policy`` with each clean estimate moved by ``scale`` ranges of the actions up a slope.
 
-    ``value`` is a function; without it the slope is that of the mean of the critic's members, who are asked in
-    turn (``Critic.slope``). ``jacobian: identity`` takes the slope at the clean estimate, ``full`` through the denoiser (DPS); ``at: noised`` asks an energy of the noisy chunk instead
-    (CEP). A slope serves ``every`` reverse steps.
+    ``value`` is a function; without it the slope is that of the mean of the critic's members, who are asked in turn
+    (``Critic.slope``). ``jacobian: identity`` takes the slope at the clean estimate, ``full`` through the denoiser (DPS);
+    ``at: noised`` asks an energy of the noisy chunk instead (CEP). A slope serves ``every`` reverse steps.
     """
 
     def __init__(

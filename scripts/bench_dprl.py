@@ -71,14 +71,15 @@ def ranking(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str
 guiding = ranking  # the config tells them apart
 
 
-def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str], n: int) -> Callable[[], Any]:
+def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str], n: int, calls: int) -> Callable[[], Any]:
     """Chunks, their chains and their log-probabilities."""
     actor = built_actor(pretrain, finetune).train()
     obs, computing = observations(n, actor), arithmetic(finetuning(finetune).algo.precision, CPU)
 
-    def work() -> Any:
-        with torch.no_grad(), computing:  # as the collector does, and DPPO around it
-            return actor(obs)
+    def work() -> None:
+        with torch.no_grad(), computing:  # as the collector does, and DPPO around a rollout
+            for _ in range(calls):
+                actor(obs)
 
     return work
 

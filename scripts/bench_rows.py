@@ -103,10 +103,10 @@ def rows(*, precisions: Sequence[str] = PRECISIONS, tiny: bool = False) -> list[
     updates = 3 if tiny else 100
     for precision in precisions:
         how = ("algo=dppo", f"algo.precision={precision}")
-        chain, iteration = dict(pretrain=hopper, n=few, finetune=how), dict(pretrain=hopper, finetune=(*how, *fine))
+        chain, iteration = dict(pretrain=hopper, n=few, finetune=how, calls=updates), dict(pretrain=hopper, finetune=(*how, *fine))
         name = f"{few} chunks with their chains (512 wide, 20 steps, {precision})"
         out += [
-            Row(name, "ms", "exploring", chain, reference={1: 25.3, 2: 27.4}),
+            Row(name, "ms", "exploring", chain, count=updates, reference={1: 25.3, 2: 27.4}),
             Row(f"one DPPO iteration ({precision})", "s", "dppo", iteration, reference={1: 20.2, 2: 16.9}, repeats=3),
         ]
         if precision == "fp32":

@@ -86,9 +86,15 @@ def chain_of(cfg: DictConfig, actor: DictConfig) -> textbook.ChainPolicy:
     return textbook.ChainPolicy(policy_of(cfg), tuned_steps=actor.tuned_steps, min_std=actor.min_std, noise_limit=actor.noise_limit)
 
 
-def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str], n: int) -> Callable[[], Any]:
+def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str], n: int, calls: int) -> Callable[[], Any]:
     cfg = composed("pretrain", pretrain)
-    return partial(chain_of(cfg, finetuning(finetune).algo.actor).explore, observations(n, cfg))
+    chain, obs = chain_of(cfg, finetuning(finetune).algo.actor), observations(n, cfg)
+
+    def work() -> None:
+        for _ in range(calls):
+            chain.explore(obs)
+
+    return work
 
 
 def environments(stack: ExitStack, cfg: DictConfig, act_steps: int) -> Any:

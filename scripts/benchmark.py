@@ -37,7 +37,7 @@ def timed(row: Row, options: argparse.Namespace) -> dict[str, float | None]:
         works = [build(row, side, stack) for side in SIDES]
         taken = interleaved_seconds(works, repeats=min(row.repeats, options.repeats), least=options.least)
     scale = {"ms": 1000.0, "s": 1.0}.get(row.unit)
-    values = [scale * seconds if scale else row.count / seconds for seconds in taken]
+    values = [scale * seconds / row.count if scale else row.count / seconds for seconds in taken]
     return dict(zip(SIDES, values, strict=True))
 
 

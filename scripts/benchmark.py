@@ -95,7 +95,7 @@ def main() -> None:
     for row in chosen:
         taken.append(measured(row, options))
         print(told(taken[-1]), file=sys.stderr, flush=True)
-    result = {"machine": machine() | {"threads": options.threads}, "versions": versions("diffusers"), "rows": taken}
+    result = {"machine": machine() | {"threads": options.threads}, "versions": versions("diffusers", "envpool"), "rows": taken}
     every = not (options.only or options.tiny or set(options.precision) < set(PRECISIONS))
     out = options.out or (ROOT / "benchmarks" / "latest.json" if every else None)
     if out:

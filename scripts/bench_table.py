@@ -87,11 +87,14 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         bars = [(place + height, ratio) for place, row in enumerate(rows) if (ratio := better(row, column)) is not None]
         axis.barh([y for y, _ in bars], [ratio - 1 for _, ratio in bars], 0.38, left=1, color=colour, label=f"than the {column}")
         for y, ratio in bars:
-            axis.annotate(times(ratio), (ratio, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
+            where: dict[str, Any] = dict(xytext=(3, 0), ha="left") if ratio >= 1 else dict(xytext=(-3, 0), ha="right")
+            axis.annotate(times(ratio), (ratio, y), textcoords="offset points", va="center", fontsize=7, **where)
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axis.set(xscale="log", xlabel="times better", ylim=(-0.6, len(rows) - 0.4))
     axis.axvline(1, color="black", lw=0.8)
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.margins(x=0.08)
     axis.legend(fontsize=8, loc="lower right")
     with replacing(path) as temporary, plt.rc_context({"svg.hashsalt": "dprl"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None, "Description": stamp(result)})

@@ -134,10 +134,9 @@ class Workers:
     """A vector of N environments in P ``processes``, as many as cores if that is null. One that is lost is replaced alone.
 
     A process is lost when it died, or took longer than ``timeout`` seconds (None: never) for one chunk or reset of all its
-    environments. A
-    new one is started, with seeds that follow from its environments' and the count of restarts; for the chunk that was
-    lost it answers as environments at rest, and ``step`` marks them as truncated and says why in ``info["lost"]``. Where
-    it was lost in a reset, the reset is made again. After ``restarts`` of them a ``UserError`` ends the run with what the
+    environments. A new one is started, with seeds that follow from its environments' and the count of restarts; for the chunk
+    that was lost it answers as environments at rest, and ``step`` marks them as truncated and says why in ``info["lost"]``.
+    Where it was lost in a reset, the reset is made again. After ``restarts`` of them a ``UserError`` ends the run with what the
     last one left behind. What an environment raises ends the run at once.
 
     Generators that code of users may draw from are a process's own, seeded where an environment of it is reset with a seed; those

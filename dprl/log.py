@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from dprl.errors import found
 from dprl.files import naming, replacing, to_disk
+
+tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, whose keeper a signal to the whole group ends
 
 
 def warn(message: str) -> None:

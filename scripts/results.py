@@ -244,7 +244,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
     check = parser.parse_args().check
-    groups, (speed, rounding) = load(), (read_json(ROOT / "benchmarks" / f"{name}.json") for name in ("latest", "precision"))
+    groups, files = load(), ("latest", "one_thread", "precision")
+    speed, alone, rounding = (read_json(ROOT / "benchmarks" / f"{name}.json") for name in files)
     picture = f"![How many times better than the textbook and than the reference]({FIGURE.relative_to('docs')})\n"
     picture = picture if bench_table.compared(speed) else ""
     tables = {
@@ -279,6 +280,7 @@ def main() -> None:
         },
         "docs/trust.md": {"chaos": chaos_table()},
         "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)}
+        | {"alone": bench_table.performance(alone)}
         | bench_precision.tables(rounding),
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},
     }

@@ -17,9 +17,9 @@ taken: dict[str, Literal["sync", "async"]] = {}  # what was found out in this pr
 
 
 def faster(make: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["sync", "async"]:
-    """Steps one environment here, then one on each core in a process of its own, with random actions, and compares chunks a
-    second. Both backends take the same steps, so which is chosen changes no number, unless an environment draws from
-    generators of its process."""
+    """Steps one environment here, then all of them in a process a core, with random actions, and compares chunks a second.
+    Both backends take the same steps, so which is chosen changes no number, unless an environment draws from generators of
+    its process."""
     processes = min(num_envs, cores())
     if processes == 1:
         return "sync"

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from dprl.chain import ChainActor
 from dprl.envs.collect import Collect, Rollout
@@ -25,7 +24,7 @@ from dprl.normalize import Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
 from dprl.policy import device_of
 from dprl.precision import arithmetic
-from dprl.returns import ReturnScale, chunk_rewards, discounts
+from dprl.returns import ReturnScale, chunk_rewards, discounts, gae
 
 
 def clip_ranges(*, first: float, last: float, rate: float, steps: int) -> Tensor:
@@ -179,15 +178,7 @@ class DPPO:
         gamma = discounts(rollout.length, self.gamma)
         if self.scale is not None:
             rew = self.scale(rew, gamma, done)
-        adv, target = (
-            x.squeeze(-1)
-            for x in generalized_advantage_estimate(
-                gamma.unsqueeze(-1),  # type: ignore[arg-type]
-                self.gae_lambda,
-                *(x.unsqueeze(-1) for x in (value, next_value, rew, done, terminated)),
-                time_dim=0,
-            )
-        )
+        adv, target = gae(rew, value, next_value, gamma, terminated, done, lam=self.gae_lambda)
         batch = TensorDict(
             obs=rollout.obs,
             chain=rollout.extra["chain"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dprl.diffusion import DiffusionPolicy, Guide, Step
 from dprl.errors import found
-from dprl.networks.inputs import each_level_once
+from dprl.networks.kept import weights_stay
 from dprl.normalize import Obs
 from dprl.policy import Wrapper, frozen, repeated
 from dprl.schedule import Schedule
@@ -72,7 +72,7 @@ class ChainActor(Wrapper):
 
     def chain(self, obs: Obs, each: int = 1, guide: Guide | None = None, **explore: Any) -> tuple[Tensor, list[Step]]:
         """Whole chains: where their tuned part starts, and its steps."""
-        with each_level_once():
+        with weights_stay():
             x, cond = self.start(obs, each, guide), repeated(self.tuned.encode(obs), each)
             return x, list(self.tuned.denoise(x, cond, range(self.first, len(self.tuned.schedule)), guide=guide, **explore))
 
@@ -86,12 +86,13 @@ class ChainActor(Wrapper):
         act = self.tuned.to_env(steps[-1].x)
         if not self.training:
             return act, {}
-        logp = [self.log_prob(step.x, step.mean, step.std) for step in steps]
-        return act, {"chain": torch.stack([x, *(step.x for step in steps)], 1), "logp": torch.stack(logp, 1)}
+        chain, mean = torch.stack([x, *(step.x for step in steps)], 1), torch.stack([step.mean for step in steps], 1)
+        std = torch.stack([step.std for step in steps]).view(-1, 1, 1)  # [C, 1, 1]
+        return act, {"chain": chain, "logp": self.log_prob(chain[:, 1:], mean, std)}
 
     def log_prob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Log-density of ``x`` [N, H, A] per executed number: the mean over (Ta, A), so that the clip means the same
-        for every chunk length. [N]"""
+        """Log-density of ``x`` [..., H, A] per executed number: the mean over (Ta, A), so that the clip means the same
+        for every chunk length. [...]"""
         z = (x - mean) / std
         density = -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
         return self.tuned.executed(density).mean((-2, -1))
@@ -113,7 +114,7 @@ class ChainActor(Wrapper):
     def base_chain(self, obs: Obs) -> tuple[Tensor, Tensor]:
         """The tuned part of a fresh chain drawn by the base alone, exploring as the tuned policy does: [N, C+1, H, A];
         and the base's own means of its steps, [N, C, H, A]."""
-        with each_level_once():
+        with weights_stay():
             x, cond = self.start(obs), self.base.encode(obs)
             steps = range(self.first, len(self.base.schedule))
             taken = list(self.base.denoise(x, cond, steps, min_std=self.min_std, noise_limit=self.noise_limit))

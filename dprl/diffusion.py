@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dprl.conditioning import Returns
 from dprl.data.episodes import Episodes
-from dprl.networks.inputs import each_level_once
+from dprl.networks.kept import weights_stay
 from dprl.normalize import Obs
 from dprl.policy import ChunkPolicy, device_of, masked_mse, repeated
 from dprl.schedule import Predict, Schedule
@@ -158,7 +158,7 @@ class DiffusionPolicy(ChunkPolicy):
         chains begin, ``keep`` records them."""
         x = self.prior(len(obs) * each) if noise is None else noise
         cond, steps = repeated(self.encode(obs), each), range(len(self.schedule))
-        with each_level_once():
+        with weights_stay():
             xs = [x, *(step.x for step in self.denoise(x, cond, steps, guide=guide, min_std=min_std))]
         return Chain(self.to_env(xs[-1]), torch.stack(xs, 1) if keep else None)
 

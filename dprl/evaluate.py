@@ -17,6 +17,7 @@ from dprl.envs.collect import to_torch
 from dprl.envs.vector import VecEnv
 from dprl.errors import UserError
 from dprl.log import warn
+from dprl.networks.kept import weights_stay
 from dprl.policy import device_of
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile; scipy, for this alone, would take 14 MB
@@ -122,7 +123,7 @@ def evaluate(actor: nn.Module, envs: VecEnv, seeds: Sequence[int]) -> Evaluation
     was_training = actor.training
     actor.eval()
     try:
-        with rng.forked(seeds[0]), torch.no_grad():
+        with rng.forked(seeds[0]), torch.no_grad(), weights_stay():
             return _episodes(actor, envs, list(seeds), device)
     finally:
         actor.train(was_training)

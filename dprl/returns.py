@@ -19,6 +19,25 @@ def discounts(length: Tensor, gamma: float) -> Tensor:
     return gamma ** length.float()
 
 
+def gae(
+    rew: Tensor, value: Tensor, next_value: Tensor, discount: Tensor, terminated: Tensor, done: Tensor, *, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantages (Schulman et al., 2016) and the value's targets, from [T, N] of everything:
+
+    delta_t = r_t + discount_t (1 - terminated_t) V(s'_t) - V(s_t),  A_t = delta_t + lam discount_t (1 - done_t) A_{t+1}.
+
+    ``next_value`` is of the true successor s'_t, not of the next episode's start. The same numbers as torchrl's, whose import
+    takes longer than a whole run of small tasks computes advantages.
+    """
+    delta = rew + discount * ~terminated * next_value - value
+    carried = lam * discount * ~done
+    adv = torch.empty_like(delta)
+    after = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        after = adv[t] = delta[t] + carried[t] * after
+    return adv, adv + value
+
+
 def returns_to_go(rew: Tensor, length: Tensor, gamma: float) -> Tensor:
     """Discounted sum of the rewards from each step to its episode's end. ``rew`` [M]: ``length`` [E] of them an episode,
     an episode after another."""

@@ -99,7 +99,7 @@ class Schedule(nn.Module):
 
     def _at(self, table: str, index: Tensor | int, like: Tensor) -> Tensor:
         value = getattr(self, table)[index]
-        return value.reshape(*value.shape, *[1] * (like.dim() - value.dim()))
+        return value if value.dim() == 0 else value.reshape(-1, *[1] * (like.dim() - 1))
 
     def add_noise(self, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
         """The forward process at levels ``k`` [N]: ``x0``, ``eps`` [N, H, A] -> x_k."""

@@ -17,6 +17,7 @@ from dprl.clone import Cloner
 from dprl.data.episodes import Episodes
 from dprl.diffusion import DiffusionPolicy
 from dprl.envs.collect import Collector
+from dprl.networks.kept import weights_stay
 from dprl.precision import arithmetic
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[s
     obs, computing = observations(n, actor), arithmetic(finetuning(finetune).algo.precision, CPU)
 
     def work() -> None:
-        with torch.no_grad(), computing:  # as the collector does, and DPPO around a rollout
+        with torch.no_grad(), weights_stay(), computing:  # as the collector does, and DPPO around a rollout
             for _ in range(calls):
                 actor(obs)
 

@@ -11,7 +11,7 @@ from dprl.chain import ChainActor
 from dprl.conditioning import Returns
 from dprl.errors import UserError
 from dprl.networks.dit import DiTDenoiser
-from dprl.networks.inputs import each_level_once
+from dprl.networks.kept import weights_stay
 from dprl.networks.mlp import MLPDenoiser, Residual
 from dprl.networks.transformer import TransformerDenoiser
 from dprl.networks.unet import Double, Norm, UNetDenoiser, Window
@@ -82,11 +82,11 @@ def test_levels_are_made_something_of_once_a_chain_and_anew_in_the_next(name):
     cond = net.encode(obs)
     with torch.no_grad():
         alone = net(x, k[0], cond)
-        with each_level_once():
+        with weights_stay():
             torch.testing.assert_close(net(x, k[0], cond), alone, atol=1e-5, rtol=1e-4)
             net.table *= 2  # noticed by who looks
             torch.testing.assert_close(net(x, k[0], cond), alone, atol=1e-5, rtol=1e-4)
-        with pytest.raises(ZeroDivisionError), each_level_once():
+        with pytest.raises(ZeroDivisionError), weights_stay():
             _ = 1 / 0
         assert not torch.allclose(net(x, k[0], cond), alone, atol=1e-5, rtol=1e-4)
 

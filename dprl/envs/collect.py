@@ -14,6 +14,7 @@ from dprl import rng
 from dprl.envs.vector import VecEnv, VecStep
 from dprl.errors import found
 from dprl.log import warn
+from dprl.networks.kept import weights_stay
 from dprl.normalize import Obs
 from dprl.policy import Actor
 from dprl.profile import Clock, NoClock
@@ -102,13 +103,14 @@ class Collector:
     def __call__(self, actor: Actor, chunks: int) -> Rollout:
         """``chunks`` chunks in every environment; once more if every one of them was dropped."""
         taken = []
-        for _ in range(chunks):
-            obs = to_torch(self._obs, self.device)
-            with self.clock("policy"):
-                act, extra = actor(obs)
-                chunk = act.cpu().numpy()
-            with self.clock("env"):
-                taken.append((obs, act, extra, self._step(chunk)))
+        with weights_stay():
+            for _ in range(chunks):
+                obs = to_torch(self._obs, self.device)
+                with self.clock("policy"):
+                    act, extra = actor(obs)
+                    chunk = act.cpu().numpy()
+                with self.clock("env"):
+                    taken.append((obs, act, extra, self._step(chunk)))
         ran = any(step.length.any() for *_, step in taken)
         return self._rollout(taken) if ran else self(actor, chunks)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dprl.errors import found
+from dprl.networks.kept import Linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, *, causal: bool = False, dropout: float) -> Tensor:
@@ -32,8 +33,7 @@ class SelfAttention(nn.Module):
         if width % heads:
             raise found("the transformer's heads do not divide its width", f"a divisor of {width}", heads, "heads=4, or another width")
         self.heads, self.causal, self.dropout = heads, causal, dropout
-        self.inputs = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.inputs, self.out = Linear(width, 3 * width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.inputs(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, heads, T, W/heads]

@@ -7,7 +7,8 @@ F numbers that condition the whole net, 6 B W + 2 W.
 from torch import Tensor, nn
 
 from dprl.networks.attention import SelfAttention
-from dprl.networks.inputs import by_level, sinusoid, vector
+from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.kept import Linear, by_level
 
 
 def bare_norm(width: int) -> nn.LayerNorm:
@@ -22,7 +23,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = bare_norm(width)
         self.among = SelfAttention(width, heads, causal=False, dropout=0.0)
-        self.each = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.each = nn.Sequential(Linear(width, 4 * width), nn.GELU(approximate="tanh"), Linear(4 * width, width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """``x`` [N, H, W], ``condition`` [N, 6 W]."""

@@ -6,7 +6,8 @@ Letters: N batch, H horizon, A action dim, To observed steps, O observation dim,
 from torch import Tensor, nn
 
 from dprl.errors import check_numbers
-from dprl.networks.inputs import by_level, sinusoid, vector
+from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.kept import Linear, by_level
 
 
 class Residual(nn.Module):
@@ -19,7 +20,7 @@ class Residual(nn.Module):
         super().__init__()
         act = getattr(nn, activation)
         between = nn.ReLU(inplace=True) if act is nn.ReLU else act()
-        self.inner = nn.Sequential(act(), nn.Linear(width, width), between, nn.Linear(width, width))
+        self.inner = nn.Sequential(act(), Linear(width, width), between, Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x).add_(x)
@@ -65,9 +66,9 @@ class MLPDenoiser(nn.Module):
             nn.Linear(time_size, width, bias=False),
         )
         self.obs = nn.Linear(obs_steps * vector(obs_shape, self), width)
-        self.chunk = nn.Linear(horizon * act_dim, width, bias=False)
+        self.chunk = Linear(horizon * act_dim, width, bias=False)
         self.trunk = trunk(width, layers, activation)
-        self.out = nn.Linear(width, horizon * act_dim)
+        self.out = Linear(width, horizon * act_dim)
 
     def encode(self, obs: Tensor) -> Tensor:
         return self.obs(obs.flatten(1))  # [N, To, O] -> [N, W]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dprl.networks.attention import SelfAttention, attend
-from dprl.networks.inputs import by_level, sinusoid, vector
+from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.kept import Linear, by_level
 
 SPREAD = 0.02  # standard deviation of weights and positions before training
 
@@ -21,8 +22,8 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.drop = nn.Dropout(dropout)
         self.among = SelfAttention(width, heads, causal=True, dropout=dropout)
-        self.query, self.answer = nn.Linear(width, width), nn.Linear(width, width)
-        self.each = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.query, self.answer = Linear(width, width), Linear(width, width)
+        self.each = nn.Sequential(Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), Linear(4 * width, width))
 
     def remember(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, heads, H, W/heads]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, addcmul, cat, nn, stack
 
 from dprl.errors import found
-from dprl.networks.inputs import by_level, sinusoid, vector
+from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.kept import Linear, by_level
 
 
 class Rows(torch.autograd.Function):
@@ -38,7 +39,7 @@ class Rows(torch.autograd.Function):
         return out[:, ctx.reach : ctx.reach + ctx.steps], None, None
 
 
-class Window(nn.Linear):
+class Window(Linear):
     """A convolution as one matrix product: what lies within ``reach`` steps of each kept step, zeros behind the ends, is a row.
     [N, L, inputs] -> [N, L / every, outputs]. On a CPU bfloat16 speeds it up, and ``Conv1d``'s gradient it does not."""
 
@@ -50,7 +51,7 @@ class Window(nn.Linear):
         return super().forward(Rows.apply(x, self.reach, self.every))  # type: ignore[arg-type]
 
 
-class Double(nn.Linear):
+class Double(Linear):
     """A transposed convolution of stride 2 and kernel 4, each new step made of the two old ones beside it: [N, L, C] -> [N, 2L, C]."""
 
     def __init__(self, size: int):
@@ -84,7 +85,7 @@ class Block(nn.Module):
         self.film = 2 * outputs  # numbers of the condition that it takes
         self.before = convolution(inputs, outputs, **how)
         self.after = convolution(outputs, outputs, **how)
-        self.past = nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs)
+        self.past = nn.Identity() if inputs == outputs else Linear(inputs, outputs)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         scale, shift = film[:, None].chunk(2, -1)  # [N, 1, C]

@@ -24,6 +24,8 @@ class ChainActor(Wrapper):
     update wants is recorded. In ``eval`` mode the schedule's own std is all the noise there is.
     """
 
+    capturable = True  # see dprl/capture.py
+
     def __init__(self, *, policy: nn.Module, tuned_steps: int, min_std: float, noise_limit: float):
         super().__init__()
         if not isinstance(policy, DiffusionPolicy):

@@ -58,6 +58,8 @@ class DiffusionPolicy(ChunkPolicy):
     still wants the sizes, ``schedule`` one that wants ``predict``: what the denoiser says.
     """
 
+    capturable = True  # see dprl/capture.py
+
     def __init__(
         self,
         *,

@@ -42,15 +42,36 @@ def _unbuilt(what: str, cause: object, where: str) -> UserError:
 
 
 def environments(
-    cfg: DictConfig, policy: ChunkPolicy, *, num_envs: int, seeded: bool = True, reward: WeightedSum = TASK_ONLY, trace: bool = False
+    cfg: DictConfig,
+    policy: ChunkPolicy,
+    *,
+    num_envs: int,
+    seeded: bool = True,
+    reward: WeightedSum = TASK_ONLY,
+    trace: bool = False,
+    first: int = 0,
 ) -> VecEnv:
-    """The task's environments, chunked as ``policy`` wants and rewarded by ``reward``; ``seeded``: every episode by a seed of its
-    own, as evaluation wants them, which EnvPool cannot."""
-    sizes = dict(num_envs=num_envs, obs_steps=policy.obs_steps, act_steps=policy.act_steps)
+    """The task's environments, from number ``first`` on, chunked as ``policy`` wants and rewarded by ``reward``; ``seeded``: every
+    episode by a seed of its own, as evaluation wants them, which EnvPool cannot."""
+    sizes = dict(num_envs=num_envs, first=first, obs_steps=policy.obs_steps, act_steps=policy.act_steps)
     watched = OmegaConf.select(cfg, "guards.workers")  # a run's saved config has no guards
     workers = None if watched is None else OmegaConf.to_container(watched)
     pooled = {"backend": "sync"} if seeded and cfg.task.env.get("backend") == "envpool" else {}
     return construct(cfg.task.env, "task.env", **sizes, reward=reward, trace=trace, workers=workers, **pooled)
+
+
+def training(cfg: DictConfig, policy: ChunkPolicy, *, reward: WeightedSum) -> list[VecEnv]:
+    """The environments to collect in: all of them, or with ``overlap`` two halves that take turns."""
+    n = cfg.num_envs
+    if not cfg.overlap:
+        return [environments(cfg, policy, num_envs=n, seeded=False, reward=reward)]
+    if cfg.task.env.backend != "async":
+        fix = "task.env.backend=async, or overlap=false"
+        raise found("overlap=true wants environments in processes", "task.env.backend=async", cfg.task.env.backend, fix)
+    if n < 2:
+        raise found("overlap=true wants two halves", "num_envs of at least 2", n, "num_envs=2 or more, or overlap=false")
+    sizes = {0: n // 2, n // 2: n - n // 2}
+    return [environments(cfg, policy, num_envs=size, seeded=False, reward=reward, first=first) for first, size in sizes.items()]
 
 
 def reward(cfg: DictConfig) -> WeightedSum:

@@ -174,10 +174,10 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         raise found(f"{start.path} was made for another task", cfg.task.name, start.task, fix)
     policy, plot, modes = start.actor, setup.plot(cfg), setup.modes(cfg)
     reward = setup.reward(cfg)
-    train_envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, seeded=False, reward=reward)
+    train_envs = setup.training(cfg, policy, reward=reward)
     envs = setup.environments(cfg, policy, num_envs=cfg.evaluation.num_envs, reward=reward, trace=plot is not None)
     check_fits(envs, obs_shape=policy.obs_shape, act_dim=policy.act_dim, source=str(start.path))
-    collector = Collector(train_envs, device=device, drops=cfg.guards.dropped, clock=clock(cfg.profile, device))
+    collector = Collector(*train_envs, device=device, drops=cfg.guards.dropped, clock=clock(cfg.profile, device), capture=cfg.capture)
     algo: Algorithm = setup.construct(own.algo, "algo", policy=policy)
     if algo.progress(collector) >= 1:
         raise found("the budget holds not one iteration", "a larger one", "see algo.* and num_envs", "algo.env_steps=..., or num_envs=...")
@@ -215,7 +215,8 @@ def tune(cfg: DictConfig, overrides: list[str]) -> Path:
         seconds = metrics.seconds
     finally:
         metrics.close()
-    train_envs.close()
+    for part in train_envs:
+        part.close()
 
     best = checkpoint.load(folder, device=device, known=tuner.node)
     with collector.clock("evaluation"):

@@ -17,6 +17,7 @@ from dprl.clone import Cloner
 from dprl.data.episodes import Episodes
 from dprl.diffusion import DiffusionPolicy
 from dprl.envs.collect import Collector
+from dprl.envs.vector import VecEnv
 from dprl.networks.kept import weights_stay
 from dprl.precision import arithmetic
 
@@ -85,17 +86,18 @@ def exploring(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[s
     return work
 
 
-def environments(stack: ExitStack, cfg: DictConfig, policy: Any) -> Any:
-    envs = setup.environments(cfg, policy, num_envs=cfg.num_envs, seeded=False, reward=setup.reward(cfg))
-    stack.callback(envs.close)
-    return envs
+def environments(stack: ExitStack, cfg: DictConfig, policy: Any) -> list[VecEnv]:
+    parts = setup.training(cfg, policy, reward=setup.reward(cfg))
+    for envs in parts:
+        stack.callback(envs.close)
+    return parts
 
 
 def stepping(stack: ExitStack, *, finetune: Sequence[str]) -> Callable[[], Any]:
     """A chunk of small actions in every environment. None ends early: every call is as many steps."""
     cfg = finetuning((*finetune, "+task.env.kwargs.terminate_when_unhealthy=false"))
     policy = policy_of(composed("pretrain", ("task=hopper", "policy.obs_shape=[11]", "policy.act_dim=3")))
-    envs = environments(stack, cfg, policy)
+    (envs,) = environments(stack, cfg, policy)
     envs.reset(seeds=list(range(envs.num_envs)))
     act = np.random.default_rng(0).uniform(-1, 1, (envs.num_envs, envs.act_steps, envs.act_dim)).astype(np.float32)
 
@@ -112,7 +114,7 @@ def dppo(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str]) 
     endless = ("algo.env_steps=1000000000000", "+task.env.kwargs.terminate_when_unhealthy=false")
     cfg = finetuning((*finetune, *endless))
     policy = policy_of(composed("pretrain", pretrain))
-    collector = Collector(environments(stack, cfg, policy), device=CPU)
+    collector = Collector(*environments(stack, cfg, policy), device=CPU)
     collector.reset(0)
     iterations = setup.construct(cfg.algo, "algo", policy=policy).train(collector)
 

@@ -77,7 +77,7 @@ class Probe:
         first, second, *_ = torch.randperm(len(self.batch)).split(self.algo.batch)
         self.rows: Any = self.batch[first]
         self.others: Any = self.batch[second]
-        collector.envs.close()
+        collector.parts[0].close()
 
     def score(self, rows: Any, context: Any) -> Tensor:
         with context:
@@ -160,7 +160,7 @@ def learned(run: str, precision: str, seed: int, settings: list[str]) -> dict[st
         told = collector.metrics()
         curve.append(told.get("train/success", told["train/return"]))
     seconds = time.process_time() - begun
-    collector.envs.close()
+    collector.parts[0].close()
     envs = setup.environments(cfg, algo.actor.tuned, num_envs=cfg.evaluation.num_envs)
     score = evaluate(algo.actor, envs, range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.episodes)).score()
     envs.close()

@@ -175,6 +175,8 @@ BAD |= {  # numbers
     "a negative trace": (["finetune.py", "algo.gae_lambda=-0.1"], ["algo.gae_lambda"]),
     "a negative rate": (["finetune.py", "algo.actor_lr=-1e-3"], ["algo.actor_lr"]),
     "a clip of nothing": (["finetune.py", "algo.clip_last=0"], ["algo.clip_last"]),
+    "turns in one process": (["finetune.py", "overlap=true"], ["task.env.backend=async"]),
+    "turns of one environment": (["finetune.py", "overlap=true", "task.env.backend=async", "num_envs=1"], ["two halves", "overlap=false"]),
     "half an environment": (["finetune.py", "num_envs=2.5"], ["num_envs", "2.5"]),
     "a negative warm-up": (["finetune.py", "algo=idql", "algo.critic_warmup=-1"], ["algo.critic_warmup"]),
     "a target of nothing": (["finetune.py", "algo=idql", "algo.polyak=2"], ["algo.polyak"]),

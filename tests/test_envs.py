@@ -32,7 +32,7 @@ class Constant(nn.Module):
 
 
 def collector(envs, *entropy) -> Collector:
-    made = Collector(envs, device=CPU)
+    made = Collector(*(envs if isinstance(envs, tuple) else (envs,)), device=CPU)
     made.reset(*(entropy or (0,)))
     return made
 
@@ -256,11 +256,56 @@ def test_episodes_come_about_again(backend):
     two = second(actor, 4)
     for key in ("obs", "rew", "length", "terminated"):
         assert torch.equal(getattr(one, key), getattr(two, key)), key
-    first.envs.close()
-    second.envs.close()
+    first.parts[0].close()
+    second.parts[0].close()
 
 
 def test_episodes_that_do_not_come_about_again_are_told():
     one = collector(vec("Counter-v0", num_envs=2), 7, 1)  # observes how often it was reset
     one(Constant(), 2)
     assert not one.retrace(one.trace())
+
+
+def halves(backend: str):
+    """Three environments as a part of one and another of two."""
+    return tuple(vec("Aim-v0", num_envs=n, backend=backend, first=first) for first, n in ((0, 1), (1, 2)))
+
+
+@pytest.mark.parametrize("backend", ["sync", "async"])
+def test_parts_that_take_turns_bring_what_the_whole_does(backend):
+    whole, parts = collector(vec("Aim-v0", num_envs=3), 5), collector(halves(backend), 5)
+    for chunks in (3, 1, 4):
+        one, two = whole(Constant(), chunks), parts(Constant(), chunks)
+        assert one.batch_size == two.batch_size
+        for field in dataclasses.fields(one):
+            left, right = getattr(one, field.name), getattr(two, field.name)
+            assert (left == right).all(), field.name
+        assert whole.env_steps == parts.env_steps
+        assert whole.metrics() == pytest.approx(parts.metrics())
+    trace = parts.trace()
+    again = collector(halves(backend), 1)
+    again(Constant(0.1), 2)
+    assert again.retrace(trace)
+    assert (again(Constant(), 3).obs == whole(Constant(), 3).obs).all()
+    for made in (whole, parts, again):
+        for part in made.parts:
+            part.close()
+
+
+def test_the_actor_is_asked_for_a_part_while_the_other_steps(monkeypatch):
+    parts, told = halves("async"), []
+
+    class Tells(Constant):
+        def forward(self, obs):
+            told.append(f"act for {len(obs)}")
+            return super().forward(obs)
+
+    for part in parts:
+        for name in ("start", "finish"):
+            plain = getattr(part, name)
+            monkeypatch.setattr(part, name, lambda *given, plain=plain, say=f"{name} {part.num_envs}": (told.append(say), plain(*given))[1])
+    collector(parts)(Tells(), 2)
+    first = ["act for 1", "start 1", "act for 2", "start 2"]
+    assert told == [*first, "finish 1", *first[:2], "finish 2", *first[2:], "finish 1", "finish 2"]
+    for part in parts:
+        part.close()

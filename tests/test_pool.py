@@ -101,7 +101,7 @@ def test_it_collects(envpool):
     assert (rollout.next_obs[:-1][going] == rollout.obs[1:][going]).all()
     assert (rollout.next_obs[:-1][~going] != rollout.obs[1:][~going]).any(-1).any(-1).all()
     collector.reset(0, 1)
-    assert (rollout.obs[0] == torch.from_numpy(collector._obs)).all()
+    assert (rollout.obs[0] == torch.from_numpy(collector._obs[0])).all()
     envs.close()
 
 

@@ -267,6 +267,15 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(in_process, distu
     same(cloned / "runs/part", cloned / "runs/avoid-bc-0")
 
 
+def test_halves_that_take_turns_resume_too(in_process, disturbed, cloned):
+    settings = [*DPPO, "task.env.backend=async", "overlap=true"]
+    status, printed = in_process("finetune.py", *settings, "out=runs/whole")
+    assert status == 0, printed
+    disturbed("finetune.py", *settings, "out=runs/part", **CUTS["between checkpoints"])
+    assert in_process("finetune.py", "resume=runs/part")[0] == 0
+    same(cloned / "runs/part", cloned / "runs/whole")
+
+
 @pytest.mark.slow
 def test_workers_leave_signals_to_the_run(cloned):
     settings = [*DPPO, "task.env.backend=async", "algo.env_steps=40000", "evaluation.every=100"]

@@ -101,6 +101,15 @@ def test_an_environment_that_never_works_ends_the_run():
         faulty("observation", 1)
 
 
+def test_what_is_dropped_in_a_part_counts_where_it_is_in_the_whole(capsys):
+    healthy, sick = faulty("reward", 100, num_envs=2), faulty("reward", 6, num_envs=1)
+    collect = Collector(healthy, sick, device=torch.device("cpu"))
+    collect.reset(0)
+    collect(Constant(), 4)
+    assert collect.in_a_row == [0, 0, 3] and collect.dropped == 3
+    assert "environment 2: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("backend", ["sync", "async"])
 def test_what_an_environment_raises_ends_the_run_named(backend):
     envs = faulty("raise", 7, backend=backend)

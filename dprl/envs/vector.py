@@ -84,11 +84,24 @@ class VecEnv:
 
     def step(self, act: np.ndarray) -> VecStep:
         """Acts the chunks [N, Ta, A]. An environment whose episode has ended wants ``reset`` or ``rest`` first."""
+        self.start(act)
+        return self.finish()
+
+    def start(self, act: np.ndarray) -> None:
+        """Begins to act the chunks, which environments in processes do while this one does something else; ``finish`` is to follow
+        before anything else is asked of them."""
         if not np.isfinite(act).all():
             i, t, a = (int(x) for x in np.argwhere(~np.isfinite(act))[0])
             got = f"{act[i, t, a]} for environment {i}, in step {t + 1} of the chunk, dimension {a}"
             raise found("the policy acts what is no number", "finite actions", got, "an earlier checkpoint, or smaller learning rates")
-        obs, _, terminated, truncated, info = self.envs.step(act)
+        if isinstance(self.envs, Workers):
+            self.envs.send(act)
+        else:
+            self._act = act
+
+    def finish(self) -> VecStep:
+        """What the chunks that were begun brought."""
+        obs, _, terminated, truncated, info = self.envs.receive() if isinstance(self.envs, Workers) else self.envs.step(self._act)
         return VecStep(
             obs=obs,
             rew=info["rew"],
@@ -131,12 +144,14 @@ def make_vec(
     reward: WeightedSum,
     trace: bool = False,
     workers: Mapping[str, Any] | None = None,
+    first: int = 0,
 ) -> VecEnv:
     """A vector of any gymnasium environment, in this process (``sync``), in processes (``async``), whichever of the two is
     measured to be faster (``auto``) or, of those that EnvPool has, in its threads (``envpool``).
 
     ``info_keys`` and ``metrics`` are keys of ``info`` whose last value in an episode is kept: ``metrics`` are numbers that
-    an evaluation takes the mean of. ``workers`` is how processes are watched (see ``Workers``); None: they are not.
+    an evaluation takes the mean of. ``workers`` is how processes are watched (see ``Workers``); None: they are not. ``first`` is
+    the number of the first environment, where this is a part of a larger vector.
     """
     if num_envs < 1:
         raise found("too few environments", "num_envs of at least 1", num_envs, "num_envs=1 or more")
@@ -155,7 +170,7 @@ def make_vec(
         pool = ChunkPool(**chunk, num_envs=num_envs)  # type: ignore[arg-type]
         pool.try_out()
         return VecEnv(pool, **told)  # type: ignore[arg-type]
-    makes = [partial(make_one, **chunk, trace=trace, index=i) for i in range(num_envs)]  # type: ignore[arg-type]
+    makes = [partial(make_one, **chunk, trace=trace, index=i) for i in range(first, first + num_envs)]  # type: ignore[arg-type]
     _try_out(makes[0]())
     if backend == "auto":
         backend = faster(makes[0], num_envs, f"{id} {kwargs} {act_steps}")

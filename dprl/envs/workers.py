@@ -185,14 +185,22 @@ class Workers:
             part = self.parts[p]
             self.workers[p].ask("reset", seeds[part], options | {"reset_mask": mask[part]})
         answers = dict(zip(asked, self._answers(asked, lambda p, worker: self._reset_again(p, worker, seeds, mask, options)), strict=True))
-        self.obs = _joined([answers[p] if p in answers else self._seen(part) for p, part in enumerate(self.parts)])
+        self.obs = joined([answers[p] if p in answers else self._seen(part) for p, part in enumerate(self.parts)])
         return self.obs, {}
 
     def step(self, act: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        self.send(act)
+        return self.receive()
+
+    def send(self, act: np.ndarray) -> None:
+        """Has the processes begin a step; ``receive`` is to follow before anything else."""
         for worker, part in zip(self.workers, self.parts, strict=True):
             worker.ask("step", act[part])
+
+    def receive(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """What the step that was sent brought."""
         answers = self._answers(range(len(self.workers)), self._rest)
-        obs, rew, terminated, truncated = (_joined(parts) for parts in list(zip(*answers, strict=True))[:4])
+        obs, rew, terminated, truncated = (joined(parts) for parts in list(zip(*answers, strict=True))[:4])
         told = {key: np.concatenate([info[key] for *_, info in answers]) for key in answers[0][4]}
         lost, self.lost = self.lost, {}
         if lost:  # they observe what they did before
@@ -278,7 +286,7 @@ class Workers:
         return obs
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def joined(parts: Sequence[Any]) -> Any:
     """Arrays, or dictionaries of arrays, one after the other."""
     if isinstance(parts[0], dict):
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -4,7 +4,7 @@ Letters: N batch, K noise levels.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import local
 from typing import Any
 
@@ -31,8 +31,14 @@ KEPT = Kept()
 def weights_stay() -> Iterator[None]:
     """While no weight changes ``by_level`` asks its net once, for all levels, and ``Linear`` packs its weights once. Inside
     another such block this one adds nothing."""
-    before = KEPT.made
-    KEPT.made = {} if before is None else before
+    with nullcontext() if KEPT.made is not None else made_anew():
+        yield
+
+
+@contextmanager
+def made_anew() -> Iterator[None]:
+    """``weights_stay`` that knows nothing of what was made before."""
+    before, KEPT.made = KEPT.made, {}
     try:
         yield
     finally:

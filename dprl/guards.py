@@ -43,7 +43,10 @@ def descend(optimizer: Optimizer, loss: Tensor | Iterable[Tensor], *, max_norm: 
     for summand in (loss,) if isinstance(loss, Tensor) else loss:
         summand.backward()
         total = total + summand.detach()
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm).detach()
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    if norm.device.type != "cpu" or not norm <= max_norm:  # a GPU would be waited for; NaN is for the guard to see
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     if optimizer.param_groups[0].get("slowed", 1.0) < 1 and not bool(torch.isfinite(total + norm)):
         _left_out.setdefault(optimizer, {"loss": total, "gradient_norm": norm} | _flat(batch))
         return norm

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -36,11 +37,30 @@ def polyak(target: nn.Module, source: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)  # type: ignore[attr-defined]
 
 
+class ExponentialAverage(AveragedModel):
+    """Trusts early weights less: decay min(``decay``, (1 + n) / (10 + n)) after n updates; the first copies.
+
+    torch's class, but for its update, which goes through weights and buffers one by one, and looks for them anew each time.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+        self._pairs: Any = None  # of what model, and its tensors beside those of the average
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        n = int(self.n_averaged)  # type: ignore[arg-type]
+        new = 1.0 if n == 0 else 1 - min(self.decay, (1 + n) / (10 + n))
+        if self._pairs is None or self._pairs[0] is not model:
+            self._pairs = (model, *(list(tensors) for m in (self.module, model) for tensors in (m.parameters(), m.buffers())))
+        _, averaged, kept, weights, buffers = self._pairs
+        torch._foreach_lerp_(averaged, weights, new)  # type: ignore[attr-defined]
+        if kept:
+            torch._foreach_copy_(kept, buffers)  # type: ignore[attr-defined]
+        self.n_averaged += 1
+
+
 def ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average that trusts early weights less: decay min(``decay``, (1 + n) / (10 + n))."""
-
-    def average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        count = int(n)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))  # type: ignore[attr-defined]
-
-    return AveragedModel(model, multi_avg_fn=average)  # type: ignore[arg-type]
+    """An exponential moving average of a model."""
+    return ExponentialAverage(model, decay)

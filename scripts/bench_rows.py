@@ -111,6 +111,11 @@ def rows(*, precisions: Sequence[str] = PRECISIONS, tiny: bool = False) -> list[
         ]
         if precision == "fp32":
             out.append(Row("peak memory of a DPPO iteration", "MB", "dppo", iteration, kind="memory", reference={1: 964, 2: 1131}))
+    apart = ("algo=dppo", "algo.precision=bf16", "task.env.backend=async", *fine)
+    for how, setting in (("in processes", "overlap=false"), ("halves take turns", "overlap=true")):
+        if "bf16" in precisions:
+            settings = dict(pretrain=hopper, finetune=(*apart, setting))
+            out.append(Row(f"one DPPO iteration (bf16, {how})", "s", "dppo", settings, reference={1: 20.2, 2: 16.9}, repeats=3))
     for backend, where in (("sync", "in one process"), ("async", "in processes"), ("envpool", "in EnvPool")):
         if backend != "envpool" or importlib.util.find_spec("envpool"):
             stepping = dict(finetune=(f"task.env.backend={backend}", *fine))

@@ -110,6 +110,7 @@ def avoid(seed: int, data: Path) -> None:
     run("pretrain.py", "avoid", "bc", seed)
     run("pretrain.py", "avoid", "mse", seed, "policy=regression", "name=mse")
     run("finetune.py", "avoid", "dppo", seed, "algo=dppo")
+    run("finetune.py", "avoid", "dppo_bf16", seed, "algo=dppo", "algo.precision=bf16", "name=dppo_bf16")
     figure("avoid", Path(f"runs/avoid-dppo-{seed}"), seed)
 
 
@@ -157,6 +158,7 @@ def hopper(seed: int, data: Path) -> None:
     """Cloning and DPPO on Hopper."""
     run("pretrain.py", "hopper", "bc", seed, f"data.path={data / 'hopper-medium.hdf5'}")
     run("finetune.py", "hopper", "dppo", seed, "algo=dppo")
+    run("finetune.py", "hopper", "dppo_bf16", seed, "algo=dppo", "algo.precision=bf16", "name=dppo_bf16")
 
 
 def idql(seed: int, data: Path) -> None:

@@ -28,6 +28,7 @@ TARGETS = {
 KINDS = {"mse": "MSE regression", "lstm_gmm": "LSTM-GMM", "implicit": "implicit BC", "bet": "BeT", "bc": "diffusion"}
 NAMES = TARGETS | {
     "dppo": "DPPO",
+    "dppo_bf16": "DPPO in bfloat16",
     "dppo_ways": "DPPO with the regulariser",
     "idql": "IDQL, offline then online",
     "guided_clear": "guided out of the obstacles",
@@ -281,7 +282,8 @@ def main() -> None:
         "docs/trust.md": {"chaos": chaos_table()},
         "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)}
         | {"alone": bench_table.performance(alone)}
-        | bench_precision.tables(rounding),
+        | bench_precision.tables(rounding)
+        | {"bf16": main_table(groups, ("dppo", "dppo_bf16"))},
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},
     }
     for name, parts in tables.items():

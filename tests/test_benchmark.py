@@ -57,7 +57,7 @@ def test_names_are_unique_and_costs_are_against_rows_that_exist():
     assert len(set(names)) == len(names)
     assert {row.against for row in rows} - {None} <= set(names)
     pool = importlib.util.find_spec("envpool") is not None
-    assert [len([row for row in rows if threads in row.reference]) for threads in (1, 2)] == [8, 10 + pool]
+    assert [len([row for row in rows if threads in row.reference]) for threads in (1, 2)] == [10, 12 + pool]
     assert [row.name for row in bench_rows.rows(precisions=["fp32"])] == [name for name in names if "bf16" not in name]
 
 

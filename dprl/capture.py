@@ -5,6 +5,7 @@ Not measured: no machine with a GPU was at hand. What is around the recording is
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,10 +23,9 @@ Record = Callable[[Callable[[], Told]], tuple[Callable[[], None], Told]]  # work
 
 def record(work: Callable[[], Told]) -> tuple[Callable[[], None], Told]:
     """``work`` as a CUDA graph. Random numbers are the generator's next ones at every replay; warming up draws none of them."""
-    device, here = torch.cuda.current_device(), torch.cuda.current_stream()
-    aside = torch.cuda.Stream()
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
-    with torch.cuda.stream(aside), torch.random.fork_rng(devices=[device]):
+    with torch.cuda.stream(aside), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         for _ in range(WARM):
             work()
     here.wait_stream(aside)
@@ -49,7 +49,8 @@ class Captured:
         key = obs.shape if isinstance(obs, Tensor) else tuple((name, part.shape) for name, part in obs.items())
         if key not in self.recorded:
             seen = obs.clone()
-            with made_anew():  # what is made of weights belongs into the recording
+            at = torch.cuda.device(obs.device) if obs.device is not None and obs.device.type == "cuda" else nullcontext()
+            with at, made_anew():  # what is made of weights belongs into the recording
                 self.recorded[key] = seen, *self.record(lambda: self.actor(seen))
         seen, replay, (act, extra) = self.recorded[key]
         seen.copy_(obs)  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ class Actor(Protocol):
     """From observations [N, To, O] to a chunk [N, Ta, A] in environment units, and what the update wants recorded.
 
     An ``nn.Module``: ``train()`` makes it explore, ``eval()`` makes it act as well as it can. One that wraps a policy
-    tells that policy's sizes.
+    tells that policy's sizes. Acting changes no weights: through a rollout or an evaluation, what is made of them is kept
+    (``dprl/networks/kept.py``).
     """
 
     @property

@@ -52,6 +52,17 @@ def test_a_packed_layer_says_the_same(without_grad, how, bias, shape):
 
 
 @in_both
+def test_rows_that_lie_otherwise_in_memory(without_grad, how):
+    layer, x = Linear(192, 160), torch.randn(192, 2 * FEWEST).T[::2]
+    with how:
+        plain = nn.functional.linear(x, layer.weight, layer.bias)
+        with weights_stay():
+            for _ in range(PATIENCE + 1):
+                said = layer(x)
+    torch.testing.assert_close(said, plain)
+
+
+@in_both
 @pytest.mark.parametrize("name", WIDE)
 def test_a_denoiser_of_packed_layers_says_the_same(without_grad, how, name):
     make, settings = WIDE[name]

@@ -158,11 +158,12 @@ class ChunkEnv(gym.Wrapper):
         self.prev_act = act[-1]
         ends = np.zeros(len(act), bool)
         ends[-1] = True
+        every = self._stack(observed)  # [L+1, ...]
         return Transition(
-            obs=self._stack(observed[:-1]),
+            obs=rows_of(every, slice(None, -1)),
             act=act,
             prev_act=np.concatenate([before, act[:-1]]),
-            next_obs=self._stack(observed[1:]),
+            next_obs=rows_of(every, slice(1, None)),
             rew=np.asarray(rews, np.float32),
             terminated=ends & terminated,
             truncated=ends & truncated,
@@ -200,6 +201,11 @@ class ChunkEnv(gym.Wrapper):
 
     def _stacked(self) -> Any:
         return self._stack(list(self.history))
+
+
+def rows_of(values: Any, rows: slice) -> Any:
+    """Those of an array, or of a dictionary of them."""
+    return {key: part[rows] for key, part in values.items()} if isinstance(values, dict) else values[rows]
 
 
 def _not_finite(values: Any, name: str = "the observation") -> tuple[str, int, float] | None:

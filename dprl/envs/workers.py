@@ -25,7 +25,7 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
 from dprl import rng, signals
 from dprl.cores import cores
-from dprl.envs.chunk import ChunkEnv
+from dprl.envs.chunk import ChunkEnv, rows_of
 from dprl.errors import UserError, found
 from dprl.log import warn
 
@@ -226,7 +226,7 @@ class Workers:
 
     def _seen(self, part: slice) -> Any:
         """What the environments of ``part`` observed last."""
-        return {key: value[part] for key, value in self.obs.items()} if isinstance(self.obs, dict) else self.obs[part]
+        return rows_of(self.obs, part)
 
     def _answers(self, asked: Sequence[int], again: Callable[[int, Worker], Any]) -> list[Any]:
         """The answers of the processes ``asked``; one that is lost is replaced, and ``again`` asks the new one."""

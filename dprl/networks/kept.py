@@ -70,13 +70,18 @@ class Linear(nn.Linear):
     While weights stay, that is done once.
     """
 
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias)
+        fewest = FEWEST if inputs * outputs >= SMALLEST else MOST + 1
+        self.sizes = (fewest * inputs, MOST * inputs), (0, MOST_BF16 * inputs)  # of what it is worth for, in either precision
+
     def forward(self, x: Tensor) -> Tensor:
-        if KEPT.made is None or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        half = torch.is_autocast_enabled("cpu")
+        least, most = self.sizes[half]
+        if KEPT.made is None or not least <= x.numel() <= most or not _can_pack(x):
             return super().forward(x)
-        rows, half = x.numel() // self.in_features, torch.is_autocast_enabled("cpu")
-        if not (_packs_bf16(rows) if half else _packs(rows, x, self.weight)):
-            return super().forward(x)
-        key = (self.weight, rows, half)
+        rows = x.numel() // self.in_features
+        key = (self, rows, half)
         packed = KEPT.made.get(key, 0)
         if isinstance(packed, int):
             if packed < PATIENCE:
@@ -86,9 +91,12 @@ class Linear(nn.Linear):
         return packed(x)
 
 
-def _packs(rows: int, x: Tensor, weight: Tensor) -> bool:
-    few = FEWEST <= rows <= MOST and weight.numel() >= SMALLEST
-    return few and x.dtype == weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+def _can_pack(x: Tensor) -> bool:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return x.dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
 def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
@@ -96,10 +104,6 @@ def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     weight, bias = layer.weight, layer.bias
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
-
-
-def _packs_bf16(rows: int) -> bool:
-    return rows <= MOST_BF16 and torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.backends.mkldnn.is_available()
 
 
 def _packed_bf16(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:

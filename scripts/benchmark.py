@@ -1,7 +1,7 @@
 """Times what users wait for, side by side with the textbook version of the same work, and writes benchmarks/latest.json. Wants Linux.
 
 python scripts/benchmark.py                     # every row; nothing else should run on the machine
-python scripts/benchmark.py --only ranking      # rows whose name contains it; writes nothing unless --out tells where
+python scripts/benchmark.py --only ranking BC   # rows whose name contains one of them; writes nothing unless --out tells where
 python scripts/benchmark.py --threads 1
 python scripts/results.py                       # brings the tables and the figure of docs/ up to date
 """
@@ -70,7 +70,7 @@ def measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on both sides")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the rows that have a choice")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each row; the median counts")
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help="run one side of the one row once, and measure nothing")
     parser.add_argument("--out", type=Path, help="default: benchmarks/latest.json if every row is measured")
     options = parser.parse_args()
-    chosen = [row for row in rows(precisions=options.precision, tiny=options.tiny) if options.only in row.name]
+    chosen = [row for row in rows(precisions=options.precision, tiny=options.tiny) if any(part in row.name for part in options.only)]
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}  # before torch is imported
     if options.side:
         with ExitStack() as stack:
@@ -96,7 +96,7 @@ def main() -> None:
         taken.append(measured(row, options))
         print(told(taken[-1]), file=sys.stderr, flush=True)
     result = {"machine": machine() | {"threads": options.threads}, "versions": versions("diffusers", "envpool"), "rows": taken}
-    every = not (options.only or options.tiny or set(options.precision) < set(PRECISIONS))
+    every = not (any(options.only) or options.tiny or set(options.precision) < set(PRECISIONS))
     out = options.out or (ROOT / "benchmarks" / "latest.json" if every else None)
     if out:
         write_json(out, result)

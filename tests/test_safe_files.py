@@ -102,7 +102,9 @@ def test_what_the_configs_name_is_allowed(monkeypatch):
             ("policy", "pretrain"),
             ("reward", "finetune"),
         ):
-            for path in sorted((ROOT / "configs" / group).glob("*.yaml")):
+            paths = sorted((ROOT / "configs" / group).glob("*.yaml"))
+            assert paths, group
+            for path in paths:
                 cfg = hydra.compose(program, [f"{group}={path.stem}", "name=x"])
                 node = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=False)
                 trust.check(node, path)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from dprl.chain import ChainActor
 from dprl.envs.collect import Collect, Rollout
 from dprl.errors import check_numbers, found
 from dprl.guards import Learned, descend
+from dprl.lean import TensorDict, taken
 from dprl.log import Sums
 from dprl.normalize import Obs
 from dprl.optim import adamw, set_lr, warmup_cosine
@@ -191,7 +191,8 @@ class DPPO:
         explained = 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
         ran = rollout.ran.flatten()
         rows: Any = batch.flatten()
-        return rows if bool(ran.all()) else rows[ran], {"explained_variance": float(explained), "value": float(value.mean())}
+        rows = rows if bool(ran.all()) else taken(rows, ran)
+        return rows, {"explained_variance": float(explained), "value": float(value.mean())}
 
     def update(self, batch: TensorDict) -> dict[str, float]:
         """``epochs`` passes over the M states in minibatches of ``batch`` states, each with all its K' steps."""
@@ -200,7 +201,7 @@ class DPPO:
         for _ in range(self.epochs):
             order = torch.randperm(len(batch), device=batch.device or batch["adv"].device)
             for index in order.chunk(max(1, round(len(order) / self.batch))):
-                metrics = self._step(batch[index], warm)
+                metrics = self._step(taken(batch, index), warm)
                 sums.add(metrics)
                 count += 1
                 if self.target_kl is not None and not warm and float(metrics["kl"]) > self.target_kl:

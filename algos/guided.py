@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from dprl.critic import Critic, adopt
@@ -21,6 +20,7 @@ from dprl.envs.collect import Collect
 from dprl.errors import found
 from dprl.guards import Learned, descend
 from dprl.guidance import GuidedActor, check_scale
+from dprl.lean import TensorDict
 from dprl.learner import Learner
 from dprl.log import Sums
 from dprl.normalize import Obs

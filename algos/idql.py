@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from dprl.critic import Critic, adopt
@@ -20,6 +19,7 @@ from dprl.data.episodes import Episodes
 from dprl.envs.collect import Collect
 from dprl.errors import found
 from dprl.guards import Learned, descend
+from dprl.lean import TensorDict
 from dprl.learner import Learner
 from dprl.normalize import Obs
 from dprl.optim import adamw, polyak

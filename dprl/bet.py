@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dprl.networks.inputs import Observed
 from dprl.normalize import Obs
 from dprl.policy import masked_mean
 from dprl.stepwise import StepwisePolicy
@@ -65,7 +66,7 @@ class BeTPolicy(StepwisePolicy):
         super().__init__(**sizes)
         self.bins, self.focal_gamma, self.offset_weight = bins, focal_gamma, offset_weight
         self.register_buffer("centres", torch.zeros(bins, self.act_dim))  # normalised
-        self.embed = nn.Linear(self.input_size, width)
+        self.embed = Observed(self.input_size, width)
         self.position = nn.Parameter(0.02 * torch.randn(self.horizon, width))
         block: dict[str, Any] = dict(dim_feedforward=4 * width, dropout=dropout, activation="gelu", batch_first=True, norm_first=True)
         self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, heads, **block) for _ in range(layers))

@@ -6,11 +6,11 @@ Letters: N batch, M steps, To observed steps, O observation dim, H horizon, A ac
 import math
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from dprl.data.episodes import Episodes
 from dprl.errors import found
+from dprl.lean import TensorDict
 from dprl.returns import returns_to_go
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from dprl import checkpoint
 from dprl.errors import found
 from dprl.files import read_mapping
+from dprl.lean import TensorDict
 from dprl.normalize import Obs
 from dprl.optim import polyak
 from dprl.policy import Actor, frozen

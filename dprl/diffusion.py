@@ -9,11 +9,11 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from dprl.conditioning import Returns
 from dprl.data.episodes import Episodes
+from dprl.lean import TensorDictBase
 from dprl.networks.kept import weights_stay
 from dprl.normalize import Obs
 from dprl.policy import ChunkPolicy, device_of, masked_mse, repeated

@@ -15,14 +15,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import save_file
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
 from dprl.errors import UserError, found
 from dprl.files import replacing, write_json
+from dprl.lean import TensorDict
 from dprl.log import warn
+from dprl.optim import clear
 
 Learned = nn.Module | Optimizer
 _left_out: WeakKeyDictionary[Optimizer, dict[str, Tensor]] = WeakKeyDictionary()  # the first batch whose step was, since `settle`
@@ -38,13 +39,13 @@ def descend(optimizer: Optimizer, loss: Tensor | Iterable[Tensor], *, max_norm: 
     left out, and its ``batch`` kept to be dumped.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
+    clear(parameters)
     total: Any = 0.0
     for summand in (loss,) if isinstance(loss, Tensor) else loss:
         summand.backward()
         total = total + summand.detach()
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # type: ignore[attr-defined]
     if norm.device.type != "cpu" or not norm <= max_norm:  # a GPU would be waited for; NaN is for the guard to see
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     if optimizer.param_groups[0].get("slowed", 1.0) < 1 and not bool(torch.isfinite(total + norm)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dprl.errors import found
-from dprl.networks.inputs import vector
+from dprl.networks.inputs import Observed, vector
 from dprl.networks.mlp import trunk
 from dprl.normalize import Obs
 from dprl.policy import ChunkPolicy
@@ -106,7 +106,7 @@ class ImplicitPolicy(ChunkPolicy):
         self.search, self.langevin = searches[inference], langevin
         self.bound, self.negatives, self.langevin_negatives, self.samples = bound, negatives, langevin_negatives, samples
         self.steepness, self.steepness_weight = steepness, steepness_weight
-        self.obs = nn.Linear(self.obs_steps * vector(self.obs_shape, self), width)
+        self.obs = Observed(self.obs_steps * vector(self.obs_shape, self), width)
         self.chunk = nn.Linear(self.horizon * self.act_dim, width, bias=False)
         self.trunk = trunk(width, layers, activation)
         self.out = nn.Linear(width, 1)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from dprl.critic import Critic, q_loss, td_target, v_loss
 from dprl.data.chunks import ChunkData, Replay, RolloutReturns
 from dprl.errors import check_numbers, found
 from dprl.guards import Learned, descend
+from dprl.lean import TensorDict
 from dprl.log import Sums
 from dprl.optim import adamw, set_lr, warmup_cosine
 from dprl.policy import Actor

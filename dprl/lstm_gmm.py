@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from dprl.networks.inputs import Observed
 from dprl.networks.mlp import trunk
 from dprl.normalize import Obs
 from dprl.policy import masked_mean
@@ -32,7 +33,7 @@ class LSTMGMMPolicy(StepwisePolicy):
     ):
         super().__init__(**sizes)
         self.modes, self.min_std, self.eval_std = modes, min_std, eval_std
-        self.embed = nn.Sequential(nn.Linear(self.input_size, width), trunk(width, layers, activation))
+        self.embed = nn.Sequential(Observed(self.input_size, width), trunk(width, layers, activation))
         self.lstm = nn.LSTM(width, width, lstm_layers, batch_first=True)
         self.head = nn.Linear(width, modes * (1 + 2 * self.act_dim))
 

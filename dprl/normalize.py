@@ -4,8 +4,9 @@ Letters: N batch, To observed steps, O observation dim.
 """
 
 import torch
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+
+from dprl.lean import TensorDict, TensorDictBase
 
 SMALLEST_RANGE = 1e-4  # a dimension that moves less than this is shifted, never stretched
 

@@ -9,9 +9,32 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused where the device can."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+class AdamW(torch.optim.AdamW):
+    """torch's, fused, to the bit, but its step goes straight to the kernel: parameters are on one device and of one type.
+    A step of torch's looks around first, and imports torch's compiler (see ``dprl/lean.py``)."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params, grads, means, squares, maxima, steps = lists = [[] for _ in range(6)]
+            self._init_group(group, *lists)  # fills them, and makes the state of what has none
+            if not params:
+                continue
+            torch._foreach_add_(steps, 1)  # type: ignore[attr-defined]
+            beta1, beta2 = group["betas"]
+            rates = dict(lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"])
+            state = (params, grads, means, squares, maxima, steps)
+            torch._fused_adamw_(*state, **rates, amsgrad=False, maximize=False)  # type: ignore[attr-defined]
+
+
+def adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> AdamW:
+    return AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def clear(parameters: Iterable[nn.Parameter]) -> None:
+    """Forgets gradients."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dprl.networks.inputs import vector
+from dprl.networks.inputs import Observed, vector
 from dprl.networks.mlp import trunk
 from dprl.normalize import Obs
 from dprl.policy import ChunkPolicy, masked_mse
@@ -15,7 +15,7 @@ class RegressionPolicy(ChunkPolicy):
         super().__init__(**sizes)
         self.net = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(self.obs_steps * vector(self.obs_shape, self), width),
+            Observed(self.obs_steps * vector(self.obs_shape, self), width),
             trunk(width, layers, activation),
             nn.Linear(width, self.horizon * self.act_dim),
             nn.Unflatten(1, (self.horizon, self.act_dim)),

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dprl import checkpoint, cores, rng, trust
+from dprl.allocator import keep_freed
 from dprl.errors import UserError, found
 from dprl.files import FULL, read_mapping, replacing
 from dprl.machine import machine, peak_megabytes
@@ -179,6 +180,7 @@ def limits(cfg: DictConfig) -> dict[str, Any]:
 
 def prepare(cfg: DictConfig) -> torch.device:
     """Seeds everything, sets torch's threads, picks the device, and says what they are."""
+    keep_freed()
     threads = cfg.threads or cores.threads()
     if threads not in (None, torch.get_num_threads()):
         torch.set_num_threads(threads)

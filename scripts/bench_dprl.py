@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from bench_rows import composed, noise
 from omegaconf import DictConfig
-from tensordict import TensorDict
 from torch import Tensor
 
 from dprl import setup
+from dprl.allocator import keep_freed
 from dprl.clone import Cloner
 from dprl.data.episodes import Episodes
 from dprl.diffusion import DiffusionPolicy
 from dprl.envs.collect import Collector
 from dprl.envs.vector import VecEnv
+from dprl.lean import TensorDict
 from dprl.networks.kept import weights_stay
 from dprl.precision import arithmetic
 
 CPU = torch.device("cpu")
+keep_freed()  # as both programs do
 
 
 def policy_of(cfg: DictConfig) -> DiffusionPolicy:

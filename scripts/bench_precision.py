@@ -27,10 +27,11 @@ def gradients(result: dict[str, Any]) -> str:
     rows = []
     for run, entry in _tasks(result, "cosines"):
         c, after = entry["cosines"], entry["after"]
-        cosines = [f"{c[name]:.4f}" for name in ("policy", "critic")]
+        cosines = [f"{c[name]:.4f}" for name in ("policy", "policy_rounded", "critic")]
         clipped = ", ".join(f"{100 * after[f'clipped_{name}']:.1f}" for name in PRECISIONS)
         rows.append([run, *cosines, f"{c['another_minibatch']:.2f}", f"{after['rms']:.2g}", f"{after['error']:.2g}", clipped])
-    head = ["policy", "policy's gradient", "critic's", "another minibatch's", "log-ratio then", "its error", "% clipped: fp32, bf16"]
+    others = ["observations rounded too", "critic's", "another minibatch's"]
+    head = ["policy", "policy's gradient", *others, "log-ratio then", "its error", "% clipped: fp32, bf16"]
     return markdown(rows, head)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bench_rows import ROOT, composed
@@ -23,7 +24,9 @@ from dprl.compiling import compiled
 from dprl.envs.collect import Collector
 from dprl.evaluate import evaluate
 from dprl.files import read_json, write_json
+from dprl.lean import taken
 from dprl.machine import machine
+from dprl.networks.inputs import Observed
 from dprl.precision import arithmetic
 from dprl.timing import interleaved_seconds
 from dprl.versions import versions
@@ -69,14 +72,13 @@ class Probe:
     """A policy that DPPO has tuned for a few iterations in float32, with the data of the next one."""
 
     def __init__(self, run: str, iterations: int, settings: list[str]):
-        self.cfg, self.algo, collector = started(run, *settings, "algo.env_steps=1000000000")
+        self.cfg, self.algo, collector = started(run, *settings, "algo.precision=fp32", "algo.env_steps=1000000000")
         for _ in zip(range(iterations), self.algo.train(collector), strict=False):
             pass
         self.actor = self.algo.actor
         self.batch, _ = self.algo.advantages(collector(self.actor, self.algo.chunks))
-        first, second, *_ = torch.randperm(len(self.batch)).split(self.algo.batch)
-        self.rows: Any = self.batch[first]
-        self.others: Any = self.batch[second]
+        self.minibatches = [taken(self.batch, index) for index in torch.randperm(len(self.batch)).split(self.algo.batch)]
+        self.rows = self.minibatches[0]
         collector.parts[0].close()
 
     def score(self, rows: Any, context: Any) -> Tensor:
@@ -90,10 +92,15 @@ class Probe:
         loss, _ = policy_loss(logp, logp.detach() if old is None else old, adv, self.algo.clip)
         return gradient(self.actor.tuned, loss)
 
-    def critic_gradient(self, context: Any) -> Tensor:
+    def rounded_gradient(self, rows: Any) -> Tensor:
+        """As it would be in bfloat16 if observations were rounded too."""
+        with mock.patch.object(Observed, "forward", nn.Linear.forward):
+            return self.policy_gradient(rows, BF16)
+
+    def critic_gradient(self, rows: Any, context: Any) -> Tensor:
         with context:
-            value = self.algo.value(self.rows["obs"])
-        return gradient(self.algo.critic, value_loss(value.float(), self.rows["value"], self.rows["target"], None))
+            value = self.algo.value(rows["obs"])
+        return gradient(self.algo.critic, value_loss(value.float(), rows["value"], rows["target"], None))
 
     def ratios(self) -> dict[str, Any]:
         """Log-ratios before any update: drawn and scored in bf16, and drawn in float32 but scored in bf16."""
@@ -105,14 +112,21 @@ class Probe:
         return {"both": numbers(same, self.algo.clip), "scored": numbers(mixed, self.algo.clip)}
 
     def gradients(self) -> dict[str, float]:
-        """Cosines with the gradient in float32 of the same minibatch; of another minibatch, to compare with."""
-        exact = self.policy_gradient(self.rows, FP32)
-        return {
-            "policy": cosine(exact, self.policy_gradient(self.rows, BF16)),
-            "policy_mixed": cosine(exact, self.policy_gradient(self.rows, BF16, self.rows["logp"])),
-            "another_minibatch": cosine(exact, self.policy_gradient(self.others, FP32)),
-            "critic": cosine(self.critic_gradient(FP32), self.critic_gradient(BF16)),
-        }
+        """Cosines with the gradient in float32 of the same minibatch; of another minibatch, to compare with. Means over
+        minibatches."""
+        found = []
+        for rows, others in zip(self.minibatches, [*self.minibatches[1:], self.rows], strict=True):
+            exact = self.policy_gradient(rows, FP32)
+            found.append(
+                {
+                    "policy": cosine(exact, self.policy_gradient(rows, BF16)),
+                    "policy_mixed": cosine(exact, self.policy_gradient(rows, BF16, rows["logp"])),
+                    "policy_rounded": cosine(exact, self.rounded_gradient(rows)),
+                    "another_minibatch": cosine(exact, self.policy_gradient(others, FP32)),
+                    "critic": cosine(self.critic_gradient(rows, FP32), self.critic_gradient(rows, BF16)),
+                }
+            )
+        return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
     def seconds(self, repeats: int, least: float) -> dict[str, dict[str, float]]:
         """CPU time of a policy step without its optimizer's, and of a chunk for every environment."""
@@ -126,7 +140,7 @@ class Probe:
 
         works = {
             "update": [lambda c=context: self.policy_gradient(self.rows, c) for context in (FP32, BF16)],
-            "critic": [lambda c=context: self.critic_gradient(c) for context in (FP32, BF16)],
+            "critic": [lambda c=context: self.critic_gradient(self.rows, c) for context in (FP32, BF16)],
             "chunks": [drawing(context) for context in (FP32, BF16)],
         }
         return {

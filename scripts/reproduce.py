@@ -110,7 +110,7 @@ def avoid(seed: int, data: Path) -> None:
     run("pretrain.py", "avoid", "bc", seed)
     run("pretrain.py", "avoid", "mse", seed, "policy=regression", "name=mse")
     run("finetune.py", "avoid", "dppo", seed, "algo=dppo")
-    run("finetune.py", "avoid", "dppo_bf16", seed, "algo=dppo", "algo.precision=bf16", "name=dppo_bf16")
+    run("finetune.py", "avoid", "dppo_fp32", seed, "algo=dppo", "algo.precision=fp32", "name=dppo_fp32")
     figure("avoid", Path(f"runs/avoid-dppo-{seed}"), seed)
 
 
@@ -123,6 +123,7 @@ def predict(seed: int, data: Path) -> None:
 def ways(seed: int, data: Path) -> None:
     """DPPO that is held to the ways of the cloned policy."""
     run("finetune.py", "avoid", "dppo_ways", seed, "algo=dppo_ways")
+    run("finetune.py", "avoid", "dppo_ways_bf16", seed, "algo=dppo_ways", "algo.precision=bf16", "name=dppo_ways_bf16")
     figure("avoid_ways", Path(f"runs/avoid-dppo_ways-{seed}"), seed)
 
 
@@ -158,7 +159,7 @@ def hopper(seed: int, data: Path) -> None:
     """Cloning and DPPO on Hopper."""
     run("pretrain.py", "hopper", "bc", seed, f"data.path={data / 'hopper-medium.hdf5'}")
     run("finetune.py", "hopper", "dppo", seed, "algo=dppo")
-    run("finetune.py", "hopper", "dppo_bf16", seed, "algo=dppo", "algo.precision=bf16", "name=dppo_bf16")
+    run("finetune.py", "hopper", "dppo_fp32", seed, "algo=dppo", "algo.precision=fp32", "name=dppo_fp32")
 
 
 def idql(seed: int, data: Path) -> None:

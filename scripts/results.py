@@ -28,8 +28,9 @@ TARGETS = {
 KINDS = {"mse": "MSE regression", "lstm_gmm": "LSTM-GMM", "implicit": "implicit BC", "bet": "BeT", "bc": "diffusion"}
 NAMES = TARGETS | {
     "dppo": "DPPO",
-    "dppo_bf16": "DPPO in bfloat16",
+    "dppo_fp32": "DPPO in float32",
     "dppo_ways": "DPPO with the regulariser",
+    "dppo_ways_bf16": "the same in bfloat16",
     "idql": "IDQL, offline then online",
     "guided_clear": "guided out of the obstacles",
     "guided": "guided by IDQL's critic",
@@ -283,8 +284,8 @@ def main() -> None:
         "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)}
         | {"alone": bench_table.performance(alone)}
         | bench_precision.tables(rounding)
-        | {"bf16": main_table(groups, ("dppo", "dppo_bf16"))},
-        "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways")), "ways": ways_table(groups, "dppo")},
+        | {"bf16": main_table(groups, ("dppo", "dppo_fp32"))},
+        "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways", "dppo_ways_bf16")), "ways": ways_table(groups, "dppo")},
     }
     for name, parts in tables.items():
         old = new = (ROOT / name).read_text()

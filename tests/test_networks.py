@@ -13,6 +13,7 @@ from dprl.chain import ChainActor
 from dprl.conditioning import Returns
 from dprl.errors import UserError
 from dprl.networks.dit import DiTDenoiser
+from dprl.networks.inputs import Observed
 from dprl.networks.kept import weights_stay
 from dprl.networks.mlp import MLPDenoiser, Residual
 from dprl.networks.transformer import TransformerDenoiser
@@ -285,6 +286,20 @@ def test_bfloat16_computes_nearly_the_same(name):
     assert 0 < error < 0.03
     with pytest.raises(UserError, match="fp32, bf16 or auto"):
         arithmetic("bf17", torch.device("cpu"))
+
+
+@every
+def test_observations_are_not_rounded_on_their_way_in(name):
+    net, obs, seen = built(name), inputs()[2], []
+    for module in net.modules():
+        if isinstance(module, Observed):
+            module.register_forward_hook(lambda layer, given, said: seen.append((layer, given[0], said)))
+    with arithmetic("bf16", torch.device("cpu")):
+        net.encode(obs)
+    [(layer, given, said)] = seen
+    assert given.dtype == torch.float32
+    assert torch.equal(said, nn.functional.linear(given, layer.weight, layer.bias).bfloat16())
+    assert not torch.equal(said, nn.functional.linear(given.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
 
 
 @pytest.mark.parametrize(

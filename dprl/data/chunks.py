@@ -7,7 +7,6 @@ A action dim.
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torchrl._utils import logger as torchrl_logger
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
@@ -15,6 +14,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from dprl.data.episodes import Episodes
 from dprl.envs.collect import Rollout
 from dprl.errors import found
+from dprl.lean import TensorDict, taken
 from dprl.returns import chunk_rewards, discounts, returns_to_go
 
 torchrl_logger.setLevel("WARNING")  # it announces every storage it makes
@@ -102,7 +102,7 @@ def from_rollout(rollout: Rollout, gamma: float) -> TensorDict:
 
 def _ran(rows: TensorDict) -> TensorDict:
     ran = rows["length"] > 0
-    return rows if bool(ran.all()) else rows[ran]
+    return rows if bool(ran.all()) else taken(rows, ran)
 
 
 def _chunks(rollout: Rollout, gamma: float) -> TensorDict:

@@ -42,32 +42,30 @@ class Windows:
             raise found("train.padding is unknown", "masked or repeated", padding, "train.padding=masked")
         length = episodes.lengths
         self.obs, self.act = episodes.obs.to(device), episodes.act.to(device)
-        self.first = episodes.starts.repeat_interleave(length).to(device)  # [M] the step its episode begins at
-        self.last = (episodes.ends - 1).repeat_interleave(length).to(device)  # [M] and ends at
         self.labels = None if labels is None else labels.to(device)  # [M]
         self.past = torch.arange(1 - obs_steps, 1, device=device)
         self.span = torch.arange(1 - obs_steps, 1 - obs_steps + horizon, device=device)
         self.masked, behind = padding == "masked", horizon - obs_steps - act_steps + 1
-        self.begins = torch.arange(len(self.act), device=device)  # [W] the step t of each window
-        if not self.masked:
-            self.begins = self.begins[self.begins + behind <= self.last]
-        if len(self.begins) == 0:
+        t = torch.arange(len(episodes.act))
+        first, last = (ends.repeat_interleave(length) for ends in (episodes.starts, episodes.ends - 1))  # [M] steps of its episode
+        bounds = torch.stack([t, first, last], 1)  # [M, 3]
+        self.bounds = (bounds if self.masked else bounds[t + behind <= last]).to(device)  # [W, 3] of each window
+        if len(self.bounds) == 0:
             expected = f"an episode of at least {behind + 1} steps: policy.horizon - obs_steps - act_steps + 2"
             fix = "train.padding=masked, or a shorter policy.horizon"
             raise found("train.padding=repeated leaves no window", expected, f"at most {int(length.max())}", fix)
 
     def __len__(self) -> int:
-        return len(self.begins)
+        return len(self.bounds)
 
     def __getitem__(self, index: Tensor) -> tuple[Any, ...]:
         """Windows of these numbers [N]: obs [N, To, O], act [N, H, A], mask [N, H] and, if there are labels, theirs [N]."""
-        t = self.begins[index]
-        label = () if self.labels is None else (self.labels[t],)
-        t, first, last = t[:, None], self.first[t][:, None], self.last[t][:, None]
-        obs = self.obs[torch.maximum(t + self.past, first)]
+        t, first, last = self.bounds[index].split(1, 1)  # [N, 1]
         steps = t + self.span
-        act = self.act[torch.clamp(steps, first, last)]
-        return obs, act, ((steps >= first) & (steps <= last)) | (not self.masked), *label
+        there = torch.clamp(steps, first, last)
+        mask = there == steps if self.masked else torch.ones_like(there, dtype=torch.bool)
+        label = () if self.labels is None else (self.labels[t[:, 0]],)
+        return self.obs[torch.maximum(t + self.past, first)], self.act[there], mask, *label
 
 
 class Order:

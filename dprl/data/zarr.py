@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from dprl.data.codecs import COMPRESSORS, FILTERS, unpacks_to
 from dprl.data.episodes import Episodes, check
 from dprl.errors import UserError, found
+from dprl.lean import TensorDict
 from dprl.normalize import Obs
 
 NUMBERS = re.compile(r"[<>|](f[248]|[iu][1248]|b1)")  # the dtypes that are read; an object array would be unpickled

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tensordict import TensorDict, tensorclass
 from torch import Tensor
 
 from dprl import rng
@@ -16,6 +15,7 @@ from dprl.capture import captured
 from dprl.envs.vector import VecEnv, VecStep
 from dprl.envs.workers import joined
 from dprl.errors import found
+from dprl.lean import TensorDict, tensorclass
 from dprl.log import warn
 from dprl.networks.kept import weights_stay
 from dprl.normalize import Obs

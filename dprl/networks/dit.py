@@ -7,7 +7,7 @@ F numbers that condition the whole net, 6 B W + 2 W.
 from torch import Tensor, nn
 
 from dprl.networks.attention import SelfAttention
-from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.inputs import Observed, sinusoid, vector
 from dprl.networks.kept import Linear, by_level
 
 
@@ -62,12 +62,12 @@ class DiTDenoiser(nn.Module):
         self.register_buffer("places", sinusoid(horizon, width), persistent=False)
         self.sizes = [*[6 * width] * layers, 2 * width]  # of the condition: each layer's, and the last norm's
 
-        def embedded(size: int, bias: bool) -> nn.Sequential:
-            parts = [nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sum(self.sizes), bias=bias)]
+        def embedded(first: type[nn.Linear], size: int, bias: bool) -> nn.Sequential:
+            parts = [first(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sum(self.sizes), bias=bias)]
             return nn.Sequential(*parts)
 
-        self.level = embedded(time_size, bias=False)
-        self.obs = embedded(obs_steps * vector(obs_shape, self), bias=True)
+        self.level = embedded(nn.Linear, time_size, bias=False)
+        self.obs = embedded(Observed, obs_steps * vector(obs_shape, self), bias=True)
         self.chunk = nn.Linear(act_dim, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.norm, self.out = bare_norm(width), nn.Linear(width, act_dim)

@@ -18,6 +18,20 @@ def sinusoid(steps: int, size: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+class Observed(nn.Linear):
+    """The layer that an observation enters by. It computes in float32 where others compute in bfloat16 too: of a position in
+    -1..1, bfloat16 keeps 8 bits, the same wrong ones in every row of a state, and the errors add up in PPO's gradient
+    (docs/performance.md). What it says is rounded as any layer's: those errors differ from unit to unit, and average out.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return super().forward(x.float()).to(torch.get_autocast_dtype(device))
+
+
 def vector(obs_shape: Any, reader: nn.Module) -> int:
     """The size of an observation that is a vector; a ``UserError`` for any other, since ``reader`` reads no such thing."""
     if not isinstance(obs_shape, list) or len(obs_shape) != 1:

@@ -5,6 +5,7 @@ Letters: N batch, K noise levels.
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import local
 from typing import Any
 
@@ -70,44 +71,28 @@ class Linear(nn.Linear):
     While weights stay, that is done once.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True):
-        super().__init__(inputs, outputs, bias)
-        fewest = FEWEST if inputs * outputs >= SMALLEST else MOST + 1
-        self.sizes = (fewest * inputs, MOST * inputs), (0, MOST_BF16 * inputs)  # of what it is worth for, in either precision
-
     def forward(self, x: Tensor) -> Tensor:
-        half = torch.is_autocast_enabled("cpu")
-        least, most = self.sizes[half]
-        if KEPT.made is None or not least <= x.numel() <= most or not _can_pack(x):
+        made = KEPT.made
+        if made is None or torch.compiler.is_compiling():
             return super().forward(x)
-        rows = x.numel() // self.in_features
-        key = (self, rows, half)
-        packed = KEPT.made.get(key, 0)
-        if isinstance(packed, int):
-            if packed < PATIENCE:
-                KEPT.made[key] = packed + 1
-                return super().forward(x)
-            packed = KEPT.made[key] = _packed_bf16(self, rows) if half else _packed(self, rows)
-        return packed(x)
+        key = (self, x.numel(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
+        said = made.get(key, 0)
+        if isinstance(said, int):  # so many times, so far
+            said = made[key] = said + 1 if said < PATIENCE else _packed(self, x)
+        return super().forward(x) if isinstance(said, int) else said(x)
 
 
-def _can_pack(x: Tensor) -> bool:
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    return x.dtype == torch.float32 and torch.backends.mkl.is_available()
-
-
-def _packed(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
-    """The layer in float32, for so many rows."""
+def _packed(layer: Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What says the same as ``layer`` of as many rows as ``x`` has: itself, if nothing is won."""
+    rows, half, backends = x.numel() // layer.in_features, torch.is_autocast_enabled("cpu"), torch.backends
     weight, bias = layer.weight, layer.bias
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
-
-
-def _packed_bf16(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
-    """The layer in bfloat16, as autocast has it."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.bfloat16(), rows)
-    bias = None if layer.bias is None else layer.bias.bfloat16()
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, "none", [], "")
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        if not half and x.dtype == torch.float32 and backends.mkl.is_available():
+            if FEWEST <= rows <= MOST and weight.numel() >= SMALLEST:
+                order = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+                return lambda x: torch.ops.mkl._mkl_linear(x, order, weight, bias, rows)
+        elif half and torch.get_autocast_dtype("cpu") == torch.bfloat16 and backends.mkldnn.is_available() and rows <= MOST_BF16:
+            order = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), rows)
+            rounded = None if bias is None else bias.bfloat16()
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), order, rounded, "none", [], "")
+    return partial(nn.Linear.forward, layer)

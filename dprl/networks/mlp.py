@@ -6,7 +6,7 @@ Letters: N batch, H horizon, A action dim, To observed steps, O observation dim,
 from torch import Tensor, nn
 
 from dprl.errors import check_numbers
-from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.inputs import Observed, sinusoid, vector
 from dprl.networks.kept import Linear, by_level
 
 
@@ -65,7 +65,7 @@ class MLPDenoiser(nn.Module):
             nn.Linear(2 * time_size, time_size),
             nn.Linear(time_size, width, bias=False),
         )
-        self.obs = nn.Linear(obs_steps * vector(obs_shape, self), width)
+        self.obs = Observed(obs_steps * vector(obs_shape, self), width)
         self.chunk = Linear(horizon * act_dim, width, bias=False)
         self.trunk = trunk(width, layers, activation)
         self.out = Linear(width, horizon * act_dim)

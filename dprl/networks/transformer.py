@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dprl.networks.attention import SelfAttention, attend
-from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.inputs import Observed, sinusoid, vector
 from dprl.networks.kept import Linear, by_level
 
 SPREAD = 0.02  # standard deviation of weights and positions before training
@@ -69,7 +69,7 @@ class TransformerDenoiser(nn.Module):
         self.register_buffer("table", sinusoid(levels, width), persistent=False)
         past = torch.arange(horizon)[:, None] >= torch.arange(obs_steps)  # both begin with the first observed step
         self.register_buffer("seen", nn.functional.pad(past, (1, 0), value=True), persistent=False)  # [H, 1+To] the level by all
-        self.chunk, self.obs = nn.Linear(act_dim, width), nn.Linear(vector(obs_shape, self), width)
+        self.chunk, self.obs = nn.Linear(act_dim, width), Observed(vector(obs_shape, self), width)
         self.places = nn.Parameter(torch.zeros(horizon, width))
         self.memory_places = nn.Parameter(torch.zeros(1 + obs_steps, width))
         self.drop = nn.Dropout(token_dropout)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, addcmul, cat, nn, stack
 
 from dprl.errors import found
-from dprl.networks.inputs import sinusoid, vector
+from dprl.networks.inputs import Observed, sinusoid, vector
 from dprl.networks.kept import Linear, by_level
 
 
@@ -149,7 +149,7 @@ class UNetDenoiser(nn.Module):
             nn.Mish(),
             nn.Linear(time_size, sum(self.films), bias=False),
         )
-        self.obs = nn.Sequential(nn.Flatten(), nn.Mish(), nn.Linear(obs_steps * vector(obs_shape, self), sum(self.films)))
+        self.obs = nn.Sequential(nn.Flatten(), nn.Mish(), Observed(obs_steps * vector(obs_shape, self), sum(self.films)))
 
     def encode(self, obs: Tensor) -> Tensor:
         return self.obs(obs)  # [N, To, O] -> [N, F]

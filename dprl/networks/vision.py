@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from dprl.diffusion import Cond
 from dprl.errors import found
+from dprl.lean import TensorDictBase
 
 GROUP = 16  # channels that a GroupNorm takes together
 

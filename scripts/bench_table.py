@@ -9,6 +9,7 @@ from typing import Any
 from dprl.files import replacing
 from dprl.report import FAILED, SOLVED, markdown, pyplot
 
+REFERENCE = 120  # GFLOP/s of a core of the machine that the reference was measured on
 COLUMNS = {"textbook": SOLVED, "reference": FAILED}  # what dprl stands beside, and its colour
 
 
@@ -50,7 +51,10 @@ def performance(result: dict[str, Any]) -> str:
 def setting(result: dict[str, Any]) -> str:
     """What it was measured on, and with."""
     parts = [f"{key} {value}" for part in (result["machine"], result["versions"]) for key, value in part.items()]
-    return f"Measured with {', '.join(parts)}.\n"
+    speeds = sorted(row["gigaflops"] for row in result["rows"])
+    low, middle, high = (f"{speeds[i]:.0f}" for i in (0, len(speeds) // 2, -1))
+    speed = f"Before each row a core multiplied matrices of 512 x 512 in float32 at {low} to {high} GFLOP/s, in the median {middle}"
+    return f"Measured with {', '.join(parts)}. {speed}; the reference's machine at {REFERENCE}.\n"
 
 
 def cost(result: dict[str, Any], word: str) -> str:

@@ -58,14 +58,28 @@ def command(row: Row, options: argparse.Namespace) -> dict[str, float | None]:
     return {"dprl": statistics.median(seconds[1:]), "textbook": None}
 
 
+def gigaflops(threads: int) -> float:
+    """How fast a core is now: 10^9 operations/s of products of 512 x 512 in float32."""
+    import torch
+
+    from dprl.timing import median_seconds
+
+    torch.set_num_threads(1)
+    x = torch.randn(512, 512)
+    seconds = median_seconds(lambda: x @ x, repeats=5, least=0.02)
+    torch.set_num_threads(threads)
+    return 2 * 512**3 / seconds / 1e9
+
+
 def measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """A row of the file."""
     from bench_table import better
 
+    speed = gigaflops(options.threads)
     value = {"timed": timed, "memory": memory, "command": command}[row.kind](row, options)
     out = {"name": row.name, "unit": row.unit, **value}
     reference = None if options.tiny else row.reference.get(options.threads)
-    return out | {"ratio": better(out, "textbook"), "reference": reference, "against": row.against}
+    return out | {"ratio": better(out, "textbook"), "reference": reference, "against": row.against, "gigaflops": speed}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import bench_table
 
 from dprl.files import read_json
 
-KEYS = {"name", "unit", "dprl", "textbook", "ratio", "reference", "against"}
+KEYS = {"name", "unit", "dprl", "textbook", "ratio", "reference", "against", "gigaflops"}
 
 
 def bench(tmp_path, *arguments: str) -> list[dict]:

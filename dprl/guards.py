@@ -23,7 +23,6 @@ from dprl.errors import UserError, found
 from dprl.files import replacing, write_json
 from dprl.lean import TensorDict
 from dprl.log import warn
-from dprl.optim import clear
 
 Learned = nn.Module | Optimizer
 _left_out: WeakKeyDictionary[Optimizer, dict[str, Tensor]] = WeakKeyDictionary()  # the first batch whose step was, since `settle`
@@ -39,7 +38,8 @@ def descend(optimizer: Optimizer, loss: Tensor | Iterable[Tensor], *, max_norm: 
     left out, and its ``batch`` kept to be dumped.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    clear(parameters)
+    for parameter in parameters:  # as zero_grad does, in a fraction of its time
+        parameter.grad = None
     total: Any = 0.0
     for summand in (loss,) if isinstance(loss, Tensor) else loss:
         summand.backward()

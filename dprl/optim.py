@@ -31,12 +31,6 @@ def adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float)
     return AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
-def clear(parameters: Iterable[nn.Parameter]) -> None:
-    """Forgets gradients."""
-    for parameter in parameters:
-        parameter.grad = None
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the next step; less for an optimizer that was slowed (see ``dprl/guards.py``)."""
     for group in optimizer.param_groups:

@@ -18,6 +18,7 @@ from dprl.chain import ChainActor
 from dprl.envs.collect import Collect, Rollout
 from dprl.errors import check_numbers, found
 from dprl.guards import Learned, descend
+from dprl.later import Later
 from dprl.lean import TensorDict, taken
 from dprl.log import Sums
 from dprl.normalize import Obs
@@ -197,15 +198,18 @@ class DPPO:
     def update(self, batch: TensorDict) -> dict[str, float]:
         """``epochs`` passes over the M states in minibatches of ``batch`` states, each with all its K' steps."""
         warm = self.iteration < self.critic_warmup
-        sums, count, stop = Sums(), 0, False
+        sums, count, kl, stop = Sums(), 0, None, False
         for _ in range(self.epochs):
             order = torch.randperm(len(batch), device=batch.device or batch["adv"].device)
             for index in order.chunk(max(1, round(len(order) / self.batch))):
                 metrics = self._step(taken(batch, index), warm)
                 sums.add(metrics)
                 count += 1
-                if self.target_kl is not None and not warm and float(metrics["kl"]) > self.target_kl:
-                    stop = True
+                if self.target_kl is None or warm:
+                    continue
+                stop = kl is not None and float(kl) > self.target_kl  # of the minibatch before: no device is waited for
+                kl = Later(metrics["kl"])
+                if stop:
                     break
             if stop:
                 break

@@ -12,7 +12,7 @@ from dprl import checkpoint, report, rng, run, setup, signals
 from dprl.compiling import compiled
 from dprl.data.episodes import Episodes
 from dprl.data.offline import check_actions, check_sizes
-from dprl.data.windows import Order, Windows
+from dprl.data.windows import Batches, Order, Windows
 from dprl.errors import check_numbers
 from dprl.evaluate import evaluate, final_seeds
 from dprl.files import write_json
@@ -51,7 +51,7 @@ class Cloner:
             policy.fit_labels(self.windows.labels)
         self.ema = ema(policy, settings.ema).eval()
         self.optimizer = adamw(policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        self.order = Order(len(self.windows), batch=settings.batch, seed=seed)
+        self.batches = Batches(self.windows, Order(len(self.windows), batch=settings.batch, seed=seed))
         self.step = 0
         self.told = Sums()  # since the last line of the log
 
@@ -79,7 +79,7 @@ class Cloner:
             rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
             set_lr(self.optimizer, rate)
             with self.clock("data"):
-                batch = self.windows[self.order(self.step).to(self.windows.act.device)]
+                batch = self.batches(self.step)
             with self.arithmetic:
                 loss = self.policy.loss(*batch)
             norm = descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, batch, strict=False)))

@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+MOVE, LONGEST = 0.05, 10  # share of the way to the weights that an average goes at once at most, and after how many updates
 
 
 class AdamW(torch.optim.AdamW):
     """torch's, fused, to the bit, but its step goes straight to the kernel: parameters are on one device and of one type.
-    A step of torch's looks around first, and imports torch's compiler (see ``dprl/lean.py``)."""
+    A step of torch's looks around first, and imports torch's compiler (see ``dprl/lean.py``).
+    """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -20,11 +23,23 @@ class AdamW(torch.optim.AdamW):
             self._init_group(group, *lists)  # fills them, and makes the state of what has none
             if not params:
                 continue
-            torch._foreach_add_(steps, 1)  # type: ignore[attr-defined]
+            steps = self._counted(params, steps, together=len(params) == len(group["params"]))
             beta1, beta2 = group["betas"]
             rates = dict(lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"])
             state = (params, grads, means, squares, maxima, steps)
             torch._fused_adamw_(*state, **rates, amsgrad=False, maximize=False)  # type: ignore[attr-defined]
+
+    def _counted(self, params: list[Tensor], steps: list[Tensor], *, together: bool) -> list[Tensor]:
+        """The parameters' numbers of steps, one more. Those that always step ``together`` share one tensor: to add 1 to each
+        takes as long as a small layer."""
+        one = all(step is steps[0] for step in steps)
+        if one is not together:  # new or loaded, or the first time that one has no gradient
+            one = together and bool((torch.stack(steps) == steps[0]).all())
+            steps = [steps[0] if one else step.clone() for step in steps]
+            for parameter, step in zip(params, steps, strict=True):
+                self.state[parameter]["step"] = step
+        torch._foreach_add_(steps[:1] if one else steps, 1)  # type: ignore[attr-defined]
+        return steps
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> AdamW:
@@ -57,25 +72,32 @@ def polyak(target: nn.Module, source: nn.Module, rate: float) -> None:
 class ExponentialAverage(AveragedModel):
     """Trusts early weights less: decay min(``decay``, (1 + n) / (10 + n)) after n updates; the first copies.
 
+    Weights change little from one step to the next. So an update waits for others, as long as together they move the average
+    by at most ``MOVE``: with a ``decay`` of .995 every tenth moves it, as far as ten would.
+
     torch's class, but for its update, which goes through weights and buffers one by one, and looks for them anew each time.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         super().__init__(model)
         self.decay = decay
+        self.every = min(LONGEST, max(1, round(MOVE / (1 - decay))))  # updates, once 10 times as many were made
         self._pairs: Any = None  # of what model, and its tensors beside those of the average
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         n = int(self.n_averaged)  # type: ignore[arg-type]
-        new = 1.0 if n == 0 else 1 - min(self.decay, (1 + n) / (10 + n))
+        self.n_averaged += 1
+        every = self.every if n >= 10 * self.every else 1
+        if (n + 1) % every:
+            return
+        new = 1.0 if n == 0 else 1 - min(self.decay, (1 + n) / (10 + n)) ** every
         if self._pairs is None or self._pairs[0] is not model:
             self._pairs = (model, *(list(tensors) for m in (self.module, model) for tensors in (m.parameters(), m.buffers())))
         _, averaged, kept, weights, buffers = self._pairs
         torch._foreach_lerp_(averaged, weights, new)  # type: ignore[attr-defined]
         if kept:
             torch._foreach_copy_(kept, buffers)  # type: ignore[attr-defined]
-        self.n_averaged += 1
 
 
 def ema(model: nn.Module, decay: float) -> AveragedModel:

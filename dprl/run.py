@@ -15,8 +15,9 @@ from dprl import checkpoint, cores, rng, trust
 from dprl.allocator import keep_freed
 from dprl.errors import UserError, found
 from dprl.files import FULL, read_mapping, replacing
+from dprl.log import warn
 from dprl.machine import machine, peak_megabytes
-from dprl.precision import settled
+from dprl.precision import has_bfloat16, settled
 from dprl.versions import versions
 
 LARGEST = 2**32  # that a count or a seed may not reach
@@ -187,7 +188,9 @@ def prepare(cfg: DictConfig) -> torch.device:
     rng.seed(cfg.seed)
     device = pick_device(cfg.device)
     count = torch.get_num_threads()
-    print(device, f"{count} thread{'s' * (count > 1)}", *computing(cfg, device).values(), sep=", ")
+    print(device, f"{count} thread{'s' * (count > 1)}", *(how := computing(cfg, device)).values(), sep=", ")
+    if how.get("precision") == "bf16" and not has_bfloat16(device):
+        warn(f"{device} has no instructions for bfloat16, and may take many times as long as in float32; precision=auto looks first")
     return device
 
 

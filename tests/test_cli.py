@@ -42,14 +42,14 @@ def test_a_run_survives_a_process_and_a_number(command, cloned, tmp_path):
         assert result(cloned / "runs" / out)["tuned"]["n"] == 6
 
 
-def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(command, cloned):
+def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(command, in_process, cloned):
     offline = [*IDQL, "algo.online_steps=0", "algo.clone_lr=0", "evaluation.choose=last"]
-    command("finetune.py", *offline, "out=runs/offline")
+    assert in_process("finetune.py", *offline, "out=runs/offline")[0] == 0
     assert result(cloned / "runs/offline")["env_steps"] == 0
     assert not (cloned / "runs/offline/best.json").exists()
-    command("finetune.py", *DPPO, "out=runs/tuned")
+    assert in_process("finetune.py", *DPPO, "out=runs/tuned")[0] == 0
     ranking = [*offline, "algo.offline_steps=0", "algo.critic_from=runs/offline", "algo.actor.candidates=2"]
-    command("finetune.py", *ranking, "policy_from=runs/tuned", "out=runs/ranked")
+    assert in_process("finetune.py", *ranking, "policy_from=runs/tuned", "out=runs/ranked")[0] == 0
     node = checkpoint.load(cloned / "runs/ranked").node
     assert (node["_target_"], node["policy"]["_target_"]) == ("algos.idql.RankedActor", "dprl.chain.ChainActor")
     critic, trained = (checkpoint.load(cloned / f"runs/{name}").actor.critic.state_dict() for name in ("ranked", "offline"))
@@ -66,8 +66,8 @@ def test_offline_steps_no_environment_and_another_run_ranks_by_its_critic(comman
     again = command("scripts/sweep.py", "runs/offline", "candidates=1", "select=argmax", "--episodes", "3")
     assert "select=argmax" not in again.stdout  # what is there is not run again
     for out, reward in (("refused", ["reward=safe"]), ("wide", ["algo.actor.critic.q.width=24"])):
-        done = command("finetune.py", *ranking, *reward, f"out=runs/{out}", status=2)
-        assert ("another reward" if reward == ["reward=safe"] else "other sizes") in done.stderr
+        status, printed = in_process("finetune.py", *ranking, *reward, f"out=runs/{out}")
+        assert status == 2 and ("another reward" if reward == ["reward=safe"] else "other sizes") in printed
         assert not (cloned / f"runs/{out}").exists()
 
 
@@ -81,9 +81,9 @@ def test_ways_are_drawn_and_counted(command, cloned):
     assert "name=folder" in done.stderr
 
 
-def test_guidance_chooses_its_scale_and_composes(command, cloned):
+def test_guidance_chooses_its_scale_and_composes(in_process, cloned):
     small = [*TUNE, "algo.offline_steps=20", "algo.updates=10", "algo.batch=16", "algo.critic_warmup=5", "data.path=data/avoid-0.hdf5"]
-    command("finetune.py", *small, "algo=guided", "algo.scales=[0,0.1]", "out=runs/guided")
+    assert in_process("finetune.py", *small, "algo=guided", "algo.scales=[0,0.1]", "out=runs/guided")[0] == 0
     got = result(cloned / "runs/guided")
     points = [point for point in got["curve"] if "choice/scale" in point]
     assert [point["choice/scale"] for point in points] == [0.0, 0.1]
@@ -92,16 +92,16 @@ def test_guidance_chooses_its_scale_and_composes(command, cloned):
     loaded = checkpoint.load(cloned / "runs/guided")
     assert loaded.node["scale"] == loaded.actor.scale == best["choice/scale"]
     assert (cloned / "runs/guided/choices.png").stat().st_size > 10_000
-    command("finetune.py", *small, "algo=guided_clear", "algo.scales=[0,0.05]", "out=runs/clear")
+    assert in_process("finetune.py", *small, "algo=guided_clear", "algo.scales=[0,0.05]", "out=runs/clear")[0] == 0
     assert result(cloned / "runs/clear")["env_steps"] == 0
-    ranking = ["algo=idql", "algo.actor.candidates=2", "algo.offline_steps=0", "algo.critic_from=runs/guided"]
-    command("finetune.py", *[s for s in small if "offline" not in s], *ranking, "policy_from=runs/guided", "out=runs/both")
+    ranking = ["algo=idql", "algo.actor.candidates=2", "algo.offline_steps=0", "algo.critic_from=runs/guided", "policy_from=runs/guided"]
+    assert in_process("finetune.py", *[s for s in small if "offline" not in s], *ranking, "out=runs/both")[0] == 0
     node = checkpoint.load(cloned / "runs/both").node
     assert node["policy"]["_target_"] == "dprl.guidance.GuidedActor"
     assert node["policy"]["scale"] == best["choice/scale"]
-    command("finetune.py", *DPPO, "out=runs/tuned")
+    assert in_process("finetune.py", *DPPO, "out=runs/tuned")[0] == 0
     taken = ["algo=guided", "algo.scales=[0.1]", "algo.critic_from=runs/guided"]
-    command("finetune.py", *small, *taken, "policy_from=runs/tuned", "out=runs/tuned_guided")
+    assert in_process("finetune.py", *small, *taken, "policy_from=runs/tuned", "out=runs/tuned_guided")[0] == 0
     assert checkpoint.load(cloned / "runs/tuned_guided").node["policy"]["_target_"] == "dprl.chain.ChainActor"
 
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from dprl.data import d4rl
 from dprl.data.episodes import Episodes, check
-from dprl.data.windows import Order, Windows
+from dprl.data.windows import Batches, Order, Windows
 from dprl.errors import UserError
 
 
@@ -112,10 +112,26 @@ def test_windows_never_leave_their_episode(lengths, obs_steps, horizon):
 def test_an_epoch_sees_each_window_at_most_once_and_order_needs_no_state(size, batch, seed):
     order = Order(size, batch=batch, seed=seed)
     per_epoch = size // min(batch, size)
-    first = torch.cat([order(step) for step in range(per_epoch)])
+    first = torch.cat([order(step)[0] for step in range(per_epoch)])
     assert len(first.unique()) == len(first) == per_epoch * min(batch, size)
     later = order(3 * per_epoch)
     assert torch.equal(Order(size, batch=batch, seed=seed)(3 * per_epoch), later)
+    assert torch.equal(order(per_epoch, 3 * per_epoch).flatten(), torch.cat([order(per_epoch + i)[0] for i in range(per_epoch)]))
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_what_is_gathered_ahead_is_each_steps_batch(images):
+    data = episodes(*[7] * 12)
+    if images:  # half a megabyte a batch of two observations each
+        wide = data.obs[:, :, None].repeat(1, 1, 2**15)
+        data = replace(data, obs=TensorDict({"image": wide, "at": data.obs}, [84]), last_obs=TensorDict({}, [12]))
+    windows, order = Windows(data, obs_steps=2, horizon=3, act_steps=2, padding="masked"), Order(84, batch=4, seed=3)
+    batches = Batches(windows, order)
+    for step in (*range(50), 7, 8, 41, 42):  # 21 an epoch
+        for found, expected in zip(batches(step), windows[order(step)[0]], strict=True):
+            assert len(found) == 4 and (found == expected).all()
+        assert step in batches.steps and batches.steps[0] // 21 == batches.steps[-1] // 21
+    assert batches.ahead == (1 if images else batches.MOST)
 
 
 def test_split_keeps_episodes_whole():

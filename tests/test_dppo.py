@@ -360,10 +360,20 @@ def test_the_critic_warms_up_alone():
 
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_kl_stops_the_updates(micro_batch):
+    """A minibatch after the first that is beyond."""
     algo = dppo(critic_warmup=0, target_kl=0.0, actor_lr=0.1, micro_batch=micro_batch)
+    seen, step = [], algo._step
+
+    def watched(rows, warm):
+        metrics = step(rows, warm)
+        seen.append(float(metrics["kl"]))
+        return metrics
+
+    algo._step = watched
     metrics = next(algo.train(collector()))
     assert metrics["stopped"] == 1
-    assert metrics["updates"] < 5
+    assert metrics["updates"] == len(seen) < 5
+    assert [kl > 0 for kl in seen].index(True) == len(seen) - 2
 
 
 def test_the_budget_is_never_exceeded():

@@ -10,7 +10,7 @@ from conftest import diffusion
 from torch import nn
 
 from dprl.networks import kept
-from dprl.networks.kept import FEWEST, KEPT, MOST, MOST_BF16, PATIENCE, Linear, weights_stay
+from dprl.networks.kept import FEWEST, KEPT, MOST, MOST_BF16, PATIENCE, Linear, packs_bfloat16, weights_stay
 from dprl.networks.mlp import MLPDenoiser
 from dprl.networks.transformer import TransformerDenoiser
 from dprl.networks.unet import UNetDenoiser
@@ -49,7 +49,7 @@ def test_a_packed_layer_says_the_same(without_grad, how, bias, shape):
                 assert said.dtype == plain.dtype
                 torch.testing.assert_close(said, plain)
             rows, half = x.numel() // 192, plain.dtype == torch.bfloat16
-            may = torch.backends.mkldnn.is_available() if half else torch.backends.mkl.is_available()
+            may = packs_bfloat16() if half else torch.backends.mkl.is_available()
             assert packed() == (may and (rows <= MOST_BF16 if half else FEWEST <= rows <= MOST))
 
 
@@ -76,7 +76,7 @@ def test_a_denoiser_of_packed_layers_says_the_same(without_grad, how, name):
             cond = net.encode(obs)
             for _ in range(PATIENCE + 2):
                 said = net(x, 3, cond)
-            assert packed() or not torch.backends.mkl.is_available()
+            assert packed() or not (packs_bfloat16() if how is bf16 else torch.backends.mkl.is_available())
     torch.testing.assert_close(said, plain, atol=3e-2 if how is bf16 else 1e-5, rtol=1e-4)
 
 

@@ -337,3 +337,24 @@ def test_an_average_is_torchs():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(("decay", "every"), [(0.9, 1), (0.98, 2), (0.995, 10), (0.9999, 10)])
+def test_an_average_that_moves_seldom_goes_as_far(decay, every):
+    """Weights that go up by 1 a step: their average stays as far behind as one that moves at every step, but for the steps that
+    it waits, and halfway between them for as far as it goes at once."""
+    net = nn.Linear(1, 1, bias=False)
+    ours, theirs, moved, behind = ema(net, decay), 0.0, [], 0.0
+    assert ours.every == every
+    for n in range(1000):
+        with torch.no_grad():
+            net.weight.fill_(n)
+        before = float(ours.module.weight)
+        ours.update_parameters(net)
+        theirs += (1.0 if n == 0 else 1 - min(decay, (1 + n) / (10 + n))) * (n - theirs)
+        if float(ours.module.weight) != before:
+            moved.append(n + 1)
+            behind = theirs - float(ours.module.weight)
+    assert int(ours.n_averaged) == 1000
+    assert moved == [*range(1, 10 * every), *range(10 * every, 1001, every)]
+    assert abs(behind) < every / 2 + 0.1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dprl.data.episodes import Episodes
 from dprl.errors import found
+from dprl.lean import TensorDictBase
 
 Padding = Literal["masked", "repeated"]
 
@@ -78,10 +79,33 @@ class Order:
         self.size, self.batch, self.seed = size, min(batch, size), seed
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.long)
 
-    def __call__(self, step: int) -> Tensor:
-        """Indices of batch number ``step``; the tail of an epoch that fills no batch is left out."""
-        epoch, place = divmod(step, self.size // self.batch)
+    def __call__(self, step: int, ahead: int = 1) -> Tensor:
+        """Indices of batch number ``step``, and of up to ``ahead`` - 1 more of its epoch [n, N]; the tail of an epoch that
+        fills no batch is left out."""
+        batches = self.size // self.batch
+        epoch, place = divmod(step, batches)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)
-        return self.order[place * self.batch : (place + 1) * self.batch]
+        return self.order[place * self.batch : min(place + ahead, batches) * self.batch].view(-1, self.batch)
+
+
+class Batches:
+    """The windows of each step's batch. Small ones are gathered for several steps at once: that takes little longer than for
+    one."""
+
+    MOST, BYTES = 16, 2**20  # steps, and about how many bytes, gathered at once
+
+    def __init__(self, windows: Windows, order: Order):
+        self.windows, self.order = windows, order
+        self.steps, self.gathered, self.ahead = range(0), [], 1
+
+    def __call__(self, step: int) -> tuple[Any, ...]:
+        if step not in self.steps:
+            index = self.order(step, self.ahead)
+            parts = self.windows[index.flatten().to(self.windows.act.device)]
+            self.gathered = list(zip(*(part.split(index.shape[1]) for part in parts), strict=True))
+            self.steps = range(step, step + len(index))
+            size = sum(part.bytes() if isinstance(part, TensorDictBase) else part.nbytes for part in parts) // len(index)
+            self.ahead = max(1, min(self.MOST, self.BYTES // size))
+        return self.gathered[step - self.steps.start]

@@ -82,6 +82,12 @@ class Linear(nn.Linear):
         return super().forward(x) if isinstance(said, int) else said(x)
 
 
+def packs_bfloat16() -> bool:
+    """Whether oneDNN packs matrices in bfloat16 here: an x86 processor without AVX-512 rounds to it, but has no such order."""
+    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return mkldnn and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
 def _packed(layer: Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
     """What says the same as ``layer`` of as many rows as ``x`` has: itself, if nothing is won."""
     rows, half, backends = x.numel() // layer.in_features, torch.is_autocast_enabled("cpu"), torch.backends
@@ -91,7 +97,7 @@ def _packed(layer: Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
             if FEWEST <= rows <= MOST and weight.numel() >= SMALLEST:
                 order = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
                 return lambda x: torch.ops.mkl._mkl_linear(x, order, weight, bias, rows)
-        elif half and torch.get_autocast_dtype("cpu") == torch.bfloat16 and backends.mkldnn.is_available() and rows <= MOST_BF16:
+        elif half and rows <= MOST_BF16 and packs_bfloat16():
             order = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), rows)
             rounded = None if bias is None else bias.bfloat16()
             return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), order, rounded, "none", [], "")

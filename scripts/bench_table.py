@@ -1,8 +1,9 @@
-"""What benchmarks/latest.json says, as tables and as a figure."""
+"""What scripts/benchmark.py wrote, as tables and as a figure."""
 
 import json
 import re
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ def told(row: dict[str, Any]) -> str:
     return ", ".join([f"{row['name']}: {shown(row, 'dprl')}", *beside])
 
 
-def performance(result: dict[str, Any]) -> str:
-    """Every row beside the textbook and the reference."""
+def performance(result: dict[str, Any], columns: Iterable[str] = COLUMNS) -> str:
+    """Every row beside the textbook and the reference, or beside one of them."""
     lines = []
     for row in result["rows"]:
-        beside = [cell for column in COLUMNS for cell in (shown(row, column), times(better(row, column)))]
+        beside = [cell for column in columns for cell in (shown(row, column), times(better(row, column)))]
         lines.append([row["name"], shown(row, "dprl"), *beside])
-    return markdown(lines, ["work", "dprl", "textbook", "ratio", "reference", "ratio"])
+    return markdown(lines, ["work", "dprl", *(title for column in columns for title in (column, "ratio"))])
 
 
 def setting(result: dict[str, Any]) -> str:

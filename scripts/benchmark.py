@@ -105,15 +105,16 @@ def main() -> None:
     from dprl.machine import machine
     from dprl.versions import versions
 
-    taken = []
-    for row in chosen:
-        taken.append(measured(row, options))
-        print(told(taken[-1]), file=sys.stderr, flush=True)
-    result = {"machine": machine() | {"threads": options.threads}, "versions": versions("diffusers", "envpool"), "rows": taken}
     every = not (any(options.only) or options.tiny or set(options.precision) < set(PRECISIONS))
     out = options.out or (ROOT / "benchmarks" / "latest.json" if every else None)
+    result = {"machine": machine() | {"threads": options.threads}, "versions": versions("diffusers", "envpool"), "rows": []}
+    for row in chosen:
+        result["rows"].append(measured(row, options))
+        print(told(result["rows"][-1]), file=sys.stderr, flush=True)
+        if out:
+            write_json(out.with_suffix(".partial"), result)  # in case that a later row fails
     if out:
-        write_json(out, result)
+        out.with_suffix(".partial").replace(out)
     print(f"{performance(result)}\n{out or 'written nowhere: not every row was measured'}")
 
 

@@ -246,8 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
     check = parser.parse_args().check
-    groups, files = load(), ("latest", "one_thread", "precision")
-    speed, alone, rounding = (read_json(ROOT / "benchmarks" / f"{name}.json") for name in files)
+    groups, files = load(), ("latest", "one_thread", "avx2", "precision")
+    speed, alone, elsewhere, rounding = (read_json(ROOT / "benchmarks" / f"{name}.json") for name in files)
     picture = f"![How many times better than the textbook and than the reference]({FIGURE.relative_to('docs')})\n"
     picture = picture if bench_table.compared(speed) else ""
     tables = {
@@ -283,6 +283,7 @@ def main() -> None:
         "docs/trust.md": {"chaos": chaos_table()},
         "docs/performance.md": {"rows": bench_table.performance(speed), "figure": picture, "machine": bench_table.setting(speed)}
         | {"alone": bench_table.performance(alone)}
+        | {"elsewhere": f"{bench_table.performance(elsewhere, ['textbook'])}\n{bench_table.setting(elsewhere)}"}
         | bench_precision.tables(rounding)
         | {"bf16": main_table(groups, ("dppo", "dppo_fp32"))},
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways", "dppo_ways_bf16")), "ways": ways_table(groups, "dppo")},

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_memory
 import bench_rows
 import bench_table
+import benchmark
 
 from dprl.files import read_json
 
@@ -30,6 +31,7 @@ def bench(tmp_path, *arguments: str) -> list[dict]:
     assert {"processor", "cores", "threads", "memory"} <= set(result["machine"])
     assert "diffusers" in result["versions"]
     assert all(row["name"] in done.stdout for row in result["rows"])
+    assert not list(tmp_path.glob("*.partial"))
     return result["rows"]
 
 
@@ -39,6 +41,23 @@ def test_a_row_of_both_sides(tmp_path):
     for row in rows:
         assert set(row) == KEYS and row["ratio"] == pytest.approx(row["textbook"] / row["dprl"])
     assert {row["against"] for row in rows} == {None, rows[0]["name"]}
+
+
+def test_a_row_that_fails_loses_no_other(tmp_path, monkeypatch):
+    given = ["--tiny", "--only", "1 observation (256", "--out", str(tmp_path / "bench.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *given])
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # it says there how many threads
+    row = dict(unit="ms", dprl=1.0, textbook=2.0, ratio=2.0, reference=None, against=None, gigaflops=100.0)
+
+    def measured(asked, options):
+        assert not asked.name.startswith("guided"), "fails"
+        return row | {"name": asked.name}
+
+    monkeypatch.setattr(benchmark, "measured", measured)
+    with pytest.raises(AssertionError, match="fails"):
+        benchmark.main()
+    assert [row["name"].split()[0] for row in read_json(tmp_path / "bench.partial")["rows"]] == ["sampling", "ranking"]
+    assert not (tmp_path / "bench.json").exists()
 
 
 @pytest.mark.slow

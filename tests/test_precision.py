@@ -102,6 +102,7 @@ def test_a_run_tells_what_it_computes_in(in_process, cloned):
     few = ["algo.env_steps=400", "out=runs/rounded"]
     status, printed = in_process("finetune.py", *DPPO, *few, "algo.precision=bf16")
     assert status == 0 and printed.startswith("cpu, 1 thread, bf16\n"), printed
+    assert ("no instructions for bfloat16" in printed) is not has_bfloat16(CPU)
     told = result(cloned / "runs/rounded")
     assert (told["precision"], told["threads"], told["config"]["algo"]["precision"]) == ("bf16", 1, "bf16")
 

@@ -1,5 +1,6 @@
 """EnvPool behind the interface of gymnasium's vectors: the same transitions, and none that never was."""
 
+import sys
 from functools import partial
 
 import gymnasium as gym
@@ -21,8 +22,14 @@ def vec(**changes) -> VecEnv:
     return make_vec(**settings | changes)  # type: ignore[arg-type]
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "envpool", None)
+@pytest.mark.parametrize("there", [None, "raise FileNotFoundError('no models')"])
+def test_without_the_package_or_with_half_of_it_it_says_what_to_install(monkeypatch, tmp_path, there):
+    if there is None:
+        monkeypatch.setitem(sys.modules, "envpool", None)
+    else:
+        (tmp_path / "envpool.py").write_text(there)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "envpool", raising=False)
     with pytest.raises(UserError, match=r"pip install 'dprl\[envpool\]'"):
         vec()
 

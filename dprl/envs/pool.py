@@ -42,7 +42,7 @@ class ChunkPool:
     ):
         try:
             import envpool  # type: ignore[import-not-found]
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # without its models it stops halfway
             raise UserError(
                 f"task.env.backend=envpool: {error}\n  fix:      pip install 'dprl[envpool]', or task.env.backend=sync"
             ) from None

@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/latest.json if every row is measured")
     options = parser.parse_args()
     chosen = [row for row in rows(precisions=options.precision, tiny=options.tiny) if any(part in row.name for part in options.only)]
+    if not chosen:
+        parser.error(f"--only: no row's name contains any of {options.only}")
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}  # before torch is imported
     if options.side:
         with ExitStack() as stack:

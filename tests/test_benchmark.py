@@ -58,6 +58,9 @@ def test_a_row_that_fails_loses_no_other(tmp_path, monkeypatch):
         benchmark.main()
     assert [row["name"].split()[0] for row in read_json(tmp_path / "bench.partial")["rows"]] == ["sampling", "ranking"]
     assert not (tmp_path / "bench.json").exists()
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "no such row"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
 
 
 @pytest.mark.slow

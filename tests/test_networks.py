@@ -1,13 +1,11 @@
 """Denoisers: the U-Net and the transformers, each behind the same two calls."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
 from conftest import diffusion, train
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from dprl.chain import ChainActor
 from dprl.conditioning import Returns
@@ -317,44 +315,3 @@ def test_it_fits_two_modes(name, settings, steps):
     assert abs(float(up.median()) - 1.5) < 0.3
     assert abs(float(down.median()) + 1.5) < 0.3
     assert float((drawn.sign().sum(1).abs() == 4).float().mean()) > 0.7  # all four actions of most go the same way
-
-
-def test_an_average_is_torchs():
-    def average(averaged, current, n):
-        torch._foreach_lerp_(averaged, current, 1 - min(0.9, (1 + int(n)) / (10 + int(n))))  # type: ignore[attr-defined]
-
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    ours, theirs = ema(net, 0.9), AveragedModel(net, multi_avg_fn=average)
-    for step in range(12):
-        with torch.no_grad():
-            net(torch.randn(8, 3))
-            for parameter in net.parameters():
-                parameter += torch.randn_like(parameter)
-        if step == 6:
-            ours = copy.deepcopy(ours)  # goes on as the one that it is of
-        for averaged in (ours, theirs):
-            averaged.update_parameters(net)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value), name
-
-
-@pytest.mark.parametrize(("decay", "every"), [(0.9, 1), (0.98, 2), (0.995, 10), (0.9999, 10)])
-def test_an_average_that_moves_seldom_goes_as_far(decay, every):
-    """Weights that go up by 1 a step: their average stays as far behind as one that moves at every step, but for the steps that
-    it waits, and halfway between them for as far as it goes at once."""
-    net = nn.Linear(1, 1, bias=False)
-    ours, theirs, moved, behind = ema(net, decay), 0.0, [], 0.0
-    assert ours.every == every
-    for n in range(1000):
-        with torch.no_grad():
-            net.weight.fill_(n)
-        before = float(ours.module.weight)
-        ours.update_parameters(net)
-        theirs += (1.0 if n == 0 else 1 - min(decay, (1 + n) / (10 + n))) * (n - theirs)
-        if float(ours.module.weight) != before:
-            moved.append(n + 1)
-            behind = theirs - float(ours.module.weight)
-    assert int(ours.n_averaged) == 1000
-    assert moved == [*range(1, 10 * every), *range(10 * every, 1001, every)]
-    assert abs(behind) < every / 2 + 0.1

@@ -51,7 +51,8 @@ class Cloner:
             policy.fit_labels(self.windows.labels)
         self.ema = ema(policy, settings.ema).eval()
         self.optimizer = adamw(policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        self.batches = Batches(self.windows, Order(len(self.windows), batch=settings.batch, seed=seed))
+        order = Order(len(self.windows), batch=settings.batch, seed=seed)
+        self.batches = Batches(self.windows, order, policy.examples)
         self.step = 0
         self.told = Sums()  # since the last line of the log
 
@@ -79,10 +80,10 @@ class Cloner:
             rate = warmup_cosine((self.step + 1) / s.steps, **lr_args)
             set_lr(self.optimizer, rate)
             with self.clock("data"):
-                batch = self.batches(self.step)
+                windows, examples = self.batches(self.step)
             with self.arithmetic:
-                loss = self.policy.loss(*batch)
-            norm = descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, batch, strict=False)))
+                loss = self.policy.loss_of(*examples)
+            norm = descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, windows, strict=False)))
             self.ema.update_parameters(self.policy)
             self.told.add({"loss": loss.detach(), "grad_norm": norm})
             self.step += 1

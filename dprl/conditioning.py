@@ -58,14 +58,15 @@ class Returns(nn.Module):
         self.low.copy_(known.min())
         self.high.copy_(known.max())
 
-    def joined(self, obs: Tensor, label: Tensor | None) -> Tensor:
-        """``obs`` [N, To, O] with ``label`` [N] and whether it is known, [N, To, O+2]; training leaves some out."""
+    def joined(self, obs: Tensor, label: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+        """``obs`` [N, To, O] with ``label`` [N] and whether it is known, [N, To, O+2]; training leaves some out, as
+        ``generator`` draws."""
         if label is None:  # the plain policy
             return nn.functional.pad(obs, (0, 2))
         scaled = (label - self.low) / (self.high - self.low).clamp(min=1e-6)
         known = ~scaled.isnan()
         if self.training and self.dropout:
-            known &= torch.rand_like(scaled) >= self.dropout
+            known &= torch.rand(scaled.shape, device=scaled.device, generator=generator) >= self.dropout
         extra = torch.stack([torch.where(known, scaled, 0.0), known.to(scaled)], -1)  # [N, 2]
         return torch.cat([obs, extra[:, None].expand(-1, obs.shape[1], -1)], -1)
 

@@ -6,7 +6,7 @@ S reverse steps. Chunks inside this module are normalised; ``to_env`` leaves it.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,12 +95,20 @@ class DiffusionPolicy(ChunkPolicy):
             self.condition.fit(labels)
 
     def loss(self, obs: Obs, act: Tensor, mask: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.loss_of(*self.examples(obs, act, mask, label))
+
+    @torch.no_grad()
+    def examples(
+        self, obs: Obs, act: Tensor, mask: Tensor, label: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> tuple[Any, ...]:
         x0 = self.act_norm(act)
-        k = torch.randint(self.schedule.steps, (len(x0),), device=x0.device)
-        eps = torch.randn_like(x0)
-        seen = self.obs_norm(obs) if self.condition is None else self.condition.joined(self.obs_norm(obs), label)
-        pred = self.denoiser(self.schedule.add_noise(x0, eps, k), k, self.denoiser.encode(seen))  # type: ignore[operator]
-        return masked_mse(pred, self.schedule.target(x0, eps, k), mask)
+        k = torch.randint(self.schedule.steps, (len(x0),), device=x0.device, generator=generator)
+        eps = torch.randn(x0.shape, device=x0.device, generator=generator)
+        seen = self.obs_norm(obs) if self.condition is None else self.condition.joined(self.obs_norm(obs), label, generator)
+        return seen, self.schedule.add_noise(x0, eps, k), k, self.schedule.target(x0, eps, k), mask
+
+    def loss_of(self, obs: Obs, x: Tensor, k: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return masked_mse(self.denoiser(x, k, self.denoiser.encode(obs)), target, mask)  # type: ignore[operator]
 
     def reverse(self, x: Tensor, i: Tensor | int, cond: Cond, guide: Guide | None = None) -> tuple[Tensor, Tensor]:
         """The Gaussian of reverse step ``i`` (an int, or one a row [N]) from ``x`` [N, H, A]: its mean and std.

@@ -13,7 +13,8 @@ MOVE, LONGEST = 0.05, 10  # share of the way to the weights that an average goes
 
 class AdamW(torch.optim.AdamW):
     """torch's, fused, to the bit, but its step goes straight to the kernel: parameters are on one device and of one type.
-    A step of torch's looks around first, and imports torch's compiler (see ``dprl/lean.py``).
+    A step of torch's looks around first, and imports torch's compiler (see ``dprl/lean.py``). Nor is it wrapped for hooks and
+    for a profiler's record of it.
     """
 
     @torch.no_grad()
@@ -28,6 +29,8 @@ class AdamW(torch.optim.AdamW):
             rates = dict(lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"])
             state = (params, grads, means, squares, maxima, steps)
             torch._fused_adamw_(*state, **rates, amsgrad=False, maximize=False)  # type: ignore[attr-defined]
+
+    step.hooked = True  # type: ignore[attr-defined]  # or torch's Optimizer wraps it
 
     def _counted(self, params: list[Tensor], steps: list[Tensor], *, together: bool) -> list[Tensor]:
         """The parameters' numbers of steps, one more. Those that always step ``together`` share one tensor: to add 1 to each

@@ -95,6 +95,15 @@ class ChunkPolicy(nn.Module, ABC):
     def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
         """Cloning loss on ``obs`` [N, To, O], ``act`` [N, H, A], ``mask`` [N, H] (true where the step exists)."""
 
+    def examples(self, *windows: Any, generator: torch.Generator | None = None) -> tuple[Any, ...]:
+        """What ``loss`` makes of windows before weights have a part in it, a row for each. A trainer makes that of many batches
+        at once, and has the loss from ``loss_of``; ``generator`` draws what is drawn."""
+        return windows
+
+    def loss_of(self, *examples: Any) -> Tensor:
+        """The loss on what ``examples`` made of a batch."""
+        return self.loss(*examples)
+
 
 class Wrapper(nn.Module):
     """An actor around another: of its sizes and normalisers, and with networks that stay as they act when it explores."""

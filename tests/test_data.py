@@ -112,26 +112,50 @@ def test_windows_never_leave_their_episode(lengths, obs_steps, horizon):
 def test_an_epoch_sees_each_window_at_most_once_and_order_needs_no_state(size, batch, seed):
     order = Order(size, batch=batch, seed=seed)
     per_epoch = size // min(batch, size)
-    first = torch.cat([order(step)[0] for step in range(per_epoch)])
+    first = torch.cat([order(step) for step in range(per_epoch)])
     assert len(first.unique()) == len(first) == per_epoch * min(batch, size)
     later = order(3 * per_epoch)
     assert torch.equal(Order(size, batch=batch, seed=seed)(3 * per_epoch), later)
-    assert torch.equal(order(per_epoch, 3 * per_epoch).flatten(), torch.cat([order(per_epoch + i)[0] for i in range(per_epoch)]))
+
+
+@given(size=st.integers(1, 200), batch=st.integers(1, 20), most=st.integers(1, 20), step=st.integers(0, 500))
+def test_each_step_is_made_together_with_the_same_steps_of_its_epoch(size, batch, most, step):
+    order = Order(size, batch=batch, seed=0)
+    steps = order.together(step, most)
+    assert step in steps and 1 <= len(steps) <= most
+    assert steps[0] // order.batches == steps[-1] // order.batches
+    assert all(order.together(other, most) == steps for other in steps)
+    assert steps.stop % order.batches == 0 or len(steps) == most
+
+
+def noised(obs, act, mask, generator):
+    """Examples as a policy makes them: what was seen, and noise."""
+    return obs, torch.randn(act.shape, generator=generator)
 
 
 @pytest.mark.parametrize("images", [False, True])
-def test_what_is_gathered_ahead_is_each_steps_batch(images):
+def test_what_is_made_ahead_is_each_steps_batch(images):
     data = episodes(*[7] * 12)
     if images:  # half a megabyte a batch of two observations each
         wide = data.obs[:, :, None].repeat(1, 1, 2**15)
         data = replace(data, obs=TensorDict({"image": wide, "at": data.obs}, [84]), last_obs=TensorDict({}, [12]))
     windows, order = Windows(data, obs_steps=2, horizon=3, act_steps=2, padding="masked"), Order(84, batch=4, seed=3)
-    batches = Batches(windows, order)
+    batches, drawn = Batches(windows, order, noised), {}
     for step in (*range(50), 7, 8, 41, 42):  # 21 an epoch
-        for found, expected in zip(batches(step), windows[order(step)[0]], strict=True):
-            assert len(found) == 4 and (found == expected).all()
-        assert step in batches.steps and batches.steps[0] // 21 == batches.steps[-1] // 21
+        expected = windows[order(step)]
+        parts, (seen, noise) = batches(step)
+        for found, right in zip((*parts, seen), (*expected, expected[0]), strict=True):
+            assert len(found) == 4 and (found == right).all()
+        assert torch.equal(drawn.setdefault(step, noise), noise)
     assert batches.ahead == (1 if images else batches.MOST)
+    assert len(torch.cat([noise.flatten() for noise in drawn.values()]).unique()) == 50 * 4 * 3
+    for step in (5, 17, 33):  # as a run that goes on from there
+        assert torch.equal(Batches(windows, order, noised)(step)[1][1], drawn[step])
+    other = Batches(windows, Order(84, batch=4, seed=4), noised)
+    assert not torch.isin(other(5)[1][1], drawn[5]).any()
+    state = torch.get_rng_state()
+    other(40)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_split_keeps_episodes_whole():

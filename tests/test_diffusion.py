@@ -1,9 +1,12 @@
 """The policy: slices, masks, conditioning, and that it learns what it should."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import diffusion, regression, train
 
+from dprl.conditioning import Returns
 from dprl.errors import UserError
 from dprl.policy import masked_mse
 
@@ -77,6 +80,26 @@ def test_what_the_mask_hides_costs_nothing():
     torch.testing.assert_close(masked_mse(pred, target, mask), masked_mse(pred, changed, mask))
     torch.testing.assert_close(masked_mse(pred, target, mask), (pred - target)[:, :2].square().mean())
     assert torch.isfinite(policy.loss(obs, act, torch.zeros_like(mask)))
+
+
+@pytest.mark.parametrize("condition", [None, partial(Returns, gamma=1.0, dropout=0.5, target=1.0, weight=1.0)])
+def test_a_loss_is_that_of_its_examples(condition):
+    policy = diffusion(condition=condition).train()
+    windows = torch.randn(6, 1, 1), torch.rand(6, 4, 1) * 2 - 1, torch.rand(6, 4) < 0.7, *([torch.rand(6)] if condition else [])
+    torch.manual_seed(3)
+    loss, state = policy.loss(*windows), torch.get_rng_state()
+    examples = policy.examples(*windows, generator=torch.Generator().manual_seed(3))
+    assert all(len(part) == 6 and not part.requires_grad for part in examples)
+    assert torch.equal(policy.loss_of(*examples), loss)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_policy_that_draws_nothing_learns_from_windows_as_they_are():
+    policy = regression()
+    windows = torch.randn(6, 1, 1), torch.rand(6, 4, 1) * 2 - 1, torch.rand(6, 4) < 0.7
+    examples = policy.examples(*windows, generator=torch.Generator())
+    assert all(mine is theirs for mine, theirs in zip(examples, windows, strict=True))
+    assert torch.equal(policy.loss_of(*examples), policy.loss(*windows))
 
 
 @pytest.mark.parametrize("predict", ["noise", "clean", "v"])

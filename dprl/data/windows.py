@@ -3,8 +3,11 @@
 Letters: M steps in all, W windows, N batch, To observed steps, Ta executed steps, H horizon, O observation dim, A action dim.
 """
 
+from collections.abc import Callable
+from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from dprl.errors import found
 from dprl.lean import TensorDictBase
 
 Padding = Literal["masked", "repeated"]
+Parts = tuple[Any, ...]  # tensors, or dictionaries of them, each with a row for each window
 
 
 class Windows:
@@ -59,7 +63,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def __getitem__(self, index: Tensor) -> tuple[Any, ...]:
+    def __getitem__(self, index: Tensor) -> Parts:
         """Windows of these numbers [N]: obs [N, To, O], act [N, H, A], mask [N, H] and, if there are labels, theirs [N]."""
         t, first, last = self.bounds[index].split(1, 1)  # [N, 1]
         steps = t + self.span
@@ -77,35 +81,53 @@ class Order:
 
     def __init__(self, size: int, *, batch: int, seed: int):
         self.size, self.batch, self.seed = size, min(batch, size), seed
+        self.batches = self.size // self.batch  # of an epoch
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.long)
 
-    def __call__(self, step: int, ahead: int = 1) -> Tensor:
-        """Indices of batch number ``step``, and of up to ``ahead`` - 1 more of its epoch [n, N]; the tail of an epoch that
-        fills no batch is left out."""
-        batches = self.size // self.batch
-        epoch, place = divmod(step, batches)
+    def __call__(self, step: int) -> Tensor:
+        """Indices of batch number ``step`` [N]; the tail of an epoch that fills no batch is left out."""
+        epoch, place = divmod(step, self.batches)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)
-        return self.order[place * self.batch : min(place + ahead, batches) * self.batch].view(-1, self.batch)
+        return self.order[place * self.batch : (place + 1) * self.batch]
+
+    def together(self, step: int, most: int) -> range:
+        """Up to ``most`` steps of an epoch, of which ``step`` is one: of any of them the same."""
+        place = step % self.batches
+        first = place - place % most
+        return range(step - place + first, step - place + min(first + most, self.batches))
 
 
 class Batches:
-    """The windows of each step's batch. Small ones are gathered for several steps at once: that takes little longer than for
-    one."""
+    """The windows of each step's batch, and what ``examples`` makes of them. Small ones are made for several steps at once, which
+    takes little longer than for one. What is drawn for them is a function of the seed and of those steps, so that a run that
+    is interrupted among them and resumed sees the same."""
 
-    MOST, BYTES = 16, 2**20  # steps, and about how many bytes, gathered at once
+    MOST, BYTES = 16, 2**20  # steps, and about how many bytes, at once
 
-    def __init__(self, windows: Windows, order: Order):
-        self.windows, self.order = windows, order
-        self.steps, self.gathered, self.ahead = range(0), [], 1
+    def __init__(self, windows: Windows, order: Order, examples: Callable[..., Parts]):
+        self.windows, self.order, self.examples = windows, order, examples
+        self.steps, self.made = range(0), []
+        size = sum(map(_bytes, chain(*self._of(torch.zeros(1, dtype=torch.long), 0))))  # of one
+        self.ahead = max(1, min(self.MOST, self.BYTES // (size * order.batch)))
 
-    def __call__(self, step: int) -> tuple[Any, ...]:
+    def __call__(self, step: int) -> tuple[Parts, Parts]:
+        """Windows and examples of batch number ``step``."""
         if step not in self.steps:
-            index = self.order(step, self.ahead)
-            parts = self.windows[index.flatten().to(self.windows.act.device)]
-            self.gathered = list(zip(*(part.split(index.shape[1]) for part in parts), strict=True))
-            self.steps = range(step, step + len(index))
-            size = sum(part.bytes() if isinstance(part, TensorDictBase) else part.nbytes for part in parts) // len(index)
-            self.ahead = max(1, min(self.MOST, self.BYTES // size))
-        return self.gathered[step - self.steps.start]
+            self.made = []  # before others are made: images are large
+            self.steps = self.order.together(step, self.ahead)
+            both = self._of(torch.cat([self.order(step) for step in self.steps]), self.steps.start)
+            each = (zip(*(part.split(self.order.batch) for part in parts), strict=True) for parts in both)
+            self.made = list(zip(*each, strict=True))
+        return self.made[step - self.steps.start]
+
+    def _of(self, index: Tensor, first: int) -> tuple[Parts, Parts]:
+        device = self.windows.act.device
+        seed = int(np.random.SeedSequence((self.order.seed, first)).generate_state(1)[0])
+        windows = self.windows[index.to(device)]
+        return windows, self.examples(*windows, generator=torch.Generator(device).manual_seed(seed))
+
+
+def _bytes(part: Tensor | TensorDictBase) -> int:
+    return part.bytes() if isinstance(part, TensorDictBase) else part.nbytes

@@ -19,7 +19,7 @@ from dprl.files import write_json
 from dprl.guards import Guard, Learned, Limits, descend
 from dprl.log import Metrics, Sums, curve
 from dprl.optim import adamw, ema, set_lr, warmup_cosine
-from dprl.policy import ChunkPolicy
+from dprl.policy import ChunkPolicy, split_loss
 from dprl.precision import arithmetic
 from dprl.profile import Clock, NoClock, clock, timed
 
@@ -52,7 +52,8 @@ class Cloner:
         self.ema = ema(policy, settings.ema).eval()
         self.optimizer = adamw(policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         order = Order(len(self.windows), batch=settings.batch, seed=seed)
-        self.batches = Batches(self.windows, order, policy.examples)
+        examples, self.loss = split_loss(policy)
+        self.batches = Batches(self.windows, order, examples)
         self.step = 0
         self.told = Sums()  # since the last line of the log
 
@@ -82,7 +83,7 @@ class Cloner:
             with self.clock("data"):
                 windows, examples = self.batches(self.step)
             with self.arithmetic:
-                loss = self.policy.loss_of(*examples)
+                loss = self.loss(*examples)
             norm = descend(self.optimizer, loss, max_norm=max_norm, batch=dict(zip(FIELDS, windows, strict=False)))
             self.ema.update_parameters(self.policy)
             self.told.add({"loss": loss.detach(), "grad_norm": norm})

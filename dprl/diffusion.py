@@ -101,6 +101,7 @@ class DiffusionPolicy(ChunkPolicy):
     def examples(
         self, obs: Obs, act: Tensor, mask: Tensor, label: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> tuple[Any, ...]:
+        """Windows as the denoiser is trained on them: normalised, at levels and with noise that are drawn."""
         x0 = self.act_norm(act)
         k = torch.randint(self.schedule.steps, (len(x0),), device=x0.device, generator=generator)
         eps = torch.randn(x0.shape, device=x0.device, generator=generator)
@@ -108,6 +109,7 @@ class DiffusionPolicy(ChunkPolicy):
         return seen, self.schedule.add_noise(x0, eps, k), k, self.schedule.target(x0, eps, k), mask
 
     def loss_of(self, obs: Obs, x: Tensor, k: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """The loss on what ``examples`` made."""
         return masked_mse(self.denoiser(x, k, self.denoiser.encode(obs)), target, mask)  # type: ignore[operator]
 
     def reverse(self, x: Tensor, i: Tensor | int, cond: Cond, guide: Guide | None = None) -> tuple[Tensor, Tensor]:

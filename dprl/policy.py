@@ -5,6 +5,7 @@ Letters: N batch, H horizon (predicted steps, Tp), Ta executed steps, To observe
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -95,15 +96,6 @@ class ChunkPolicy(nn.Module, ABC):
     def loss(self, obs: Obs, act: Tensor, mask: Tensor) -> Tensor:
         """Cloning loss on ``obs`` [N, To, O], ``act`` [N, H, A], ``mask`` [N, H] (true where the step exists)."""
 
-    def examples(self, *windows: Any, generator: torch.Generator | None = None) -> tuple[Any, ...]:
-        """What ``loss`` makes of windows before weights have a part in it, a row for each. A trainer makes that of many batches
-        at once, and has the loss from ``loss_of``; ``generator`` draws what is drawn."""
-        return windows
-
-    def loss_of(self, *examples: Any) -> Tensor:
-        """The loss on what ``examples`` made of a batch."""
-        return self.loss(*examples)
-
 
 class Wrapper(nn.Module):
     """An actor around another: of its sizes and normalisers, and with networks that stay as they act when it explores."""
@@ -155,6 +147,21 @@ class Wrapper(nn.Module):
         """Explores, or not; no network inside is switched to training."""
         self.training = mode
         return self
+
+
+def split_loss(policy: Any) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., Tensor]]:
+    """A policy's ``examples``, which makes of windows all that no weight has a part in, a row for each, and draws by its
+    ``generator``; and its ``loss_of`` them. A trainer can have the first of many batches at once.
+
+    Of a policy that has a ``loss`` alone, or is of a class that made another ``loss`` of it: the windows, and ``loss``.
+    """
+
+    def owner(name: str) -> type:
+        return next((kind for kind in type(policy).__mro__ if name in vars(kind)), object)
+
+    if "loss" not in vars(policy) and issubclass(owner("loss_of"), owner("loss")):
+        return policy.examples, policy.loss_of
+    return lambda *windows, generator: windows, policy.loss
 
 
 def repeated(rows: Any, n: int) -> Any:

@@ -7,8 +7,9 @@ import torch
 from conftest import diffusion, regression, train
 
 from dprl.conditioning import Returns
+from dprl.diffusion import DiffusionPolicy
 from dprl.errors import UserError
-from dprl.policy import masked_mse
+from dprl.policy import masked_mse, split_loss
 
 
 @pytest.mark.parametrize(("obs_steps", "horizon", "act_steps"), [(1, 4, 4), (2, 8, 4), (3, 5, 1)])
@@ -94,12 +95,35 @@ def test_a_loss_is_that_of_its_examples(condition):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_policy_that_draws_nothing_learns_from_windows_as_they_are():
-    policy = regression()
+class Twice(DiffusionPolicy):
+    """A policy of a user's, with a loss of its own."""
+
+    def loss(self, *windows):
+        return 2 * super().loss(*windows)
+
+
+class Thrice(DiffusionPolicy):
+    def loss_of(self, *examples):
+        return 3 * super().loss_of(*examples)
+
+
+@pytest.mark.parametrize(("kind", "times", "split"), [(None, 1, False), (DiffusionPolicy, 1, True), (Twice, 2, False), (Thrice, 3, True)])
+def test_a_trainer_takes_the_loss_that_a_policy_says(kind, times, split):
+    policy = diffusion() if kind else regression()
     windows = torch.randn(6, 1, 1), torch.rand(6, 4, 1) * 2 - 1, torch.rand(6, 4) < 0.7
-    examples = policy.examples(*windows, generator=torch.Generator())
-    assert all(mine is theirs for mine, theirs in zip(examples, windows, strict=True))
-    assert torch.equal(policy.loss_of(*examples), policy.loss(*windows))
+
+    def trained(policy):
+        torch.manual_seed(3)
+        examples, loss = split_loss(policy)
+        made = examples(*windows, generator=torch.default_generator)
+        assert (len(made) == 5) is split
+        return loss(*made)
+
+    torch.manual_seed(3)
+    plain = policy.loss(*windows)
+    if kind:
+        policy.__class__ = kind
+    torch.testing.assert_close(trained(policy), times * plain)
 
 
 @pytest.mark.parametrize("predict", ["noise", "clean", "v"])

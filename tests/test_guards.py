@@ -198,7 +198,7 @@ def test_cloning_goes_on_after_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     guard = Guard(cloner.learned(), folder=tmp_path, rollbacks=1)
     guard.settle(cloner.train(5), 5)
     before = {name: value.clone() for name, value in cloner.averaged.state_dict().items()}
-    monkeypatch.setattr(cloner.policy, "loss", Poisoned(cloner.policy.loss, 2, 9))
+    monkeypatch.setattr(cloner, "loss", Poisoned(cloner.loss, 2, 9))
     assert "loss" not in guard.settle(cloner.train(10), 10)
     assert all(torch.equal(value, before[name]) for name, value in cloner.averaged.state_dict().items())
     with pytest.raises(UserError, match="diverged"):

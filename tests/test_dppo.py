@@ -6,11 +6,11 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from conftest import diffusion, vec
+from conftest import diffusion, train, vec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from test_diffusion import train
+from test_chain import ACTOR
 
 from algos.dppo import DPPO, clip_ranges, policy_loss, value_loss
 from dprl.chain import ChainActor
@@ -19,9 +19,7 @@ from dprl.errors import UserError
 from dprl.evaluate import evaluate
 from dprl.networks.critic import StateValue
 from dprl.regression import RegressionPolicy
-from dprl.returns import ReturnScale, chunk_rewards, discounts
 
-ACTOR = dict(tuned_steps=4, min_std=0.1, noise_limit=3.0)
 SETTINGS = dict(
     env_steps=10_000,
     chunks=2,
@@ -103,62 +101,6 @@ def test_the_pull_towards_the_base_fades_by_its_discount():
     torch.testing.assert_close(whole.bc_loss(obs, chain, base), kl.mean())
     faded.actor.load_state_dict(whole.actor.state_dict())
     torch.testing.assert_close(faded.bc_loss(obs, chain, base), (kl * torch.tensor([1.0, 0.5, 0.25, 0.125])).mean())
-
-
-def test_log_prob_is_the_gaussians_by_hand_over_the_executed_steps():
-    actor = ChainActor(policy=diffusion(act_dim=2, horizon=5, act_steps=3, obs_steps=2), **ACTOR)
-    x, mean = torch.randn(2, 6, 5, 2).unbind(0)
-    std = torch.rand(6, 1, 1) + 0.1
-    theirs = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x)[:, 1:4].mean((1, 2))
-    torch.testing.assert_close(actor.log_prob(x, mean, std), theirs)
-
-
-def test_exploring_has_a_floor_of_noise_and_acting_has_none_at_the_end():
-    policy = diffusion(width=8)
-    actor = ChainActor(policy=policy, **ACTOR)
-    assert "chain" in actor.train()(torch.zeros(3, 1, 1))[1]
-    x, mean, std = actor.gaussians(torch.zeros(3, 1, 1), torch.randn(3, 5, 4, 1))
-    assert (x.shape, mean.shape) == ((12, 4, 1), (12, 4, 1))
-    assert std.min() == pytest.approx(0.1)
-    _, extra = actor.eval()(torch.zeros(3, 1, 1))
-    assert extra == {}
-    assert actor.tuned.reverse(torch.zeros(3, 4, 1), 7, actor.tuned.encode(torch.zeros(3, 1, 1)))[1].item() == 0
-
-
-def test_only_the_last_steps_are_the_tuned_ones():
-    actor = ChainActor(policy=diffusion(), **ACTOR).eval()
-    obs = torch.zeros(5, 1, 1)
-    torch.manual_seed(1)
-    before = actor(obs)[0]
-    with torch.no_grad():
-        actor.tuned.denoiser.out.bias.add_(0.3)
-    torch.manual_seed(1)
-    assert not torch.equal(actor(obs)[0], before)  # the tuned copy is what acts at the end
-    torch.manual_seed(1)
-    first = actor.start(obs)
-    with torch.no_grad():
-        actor.tuned.denoiser.out.bias.add_(0.3)
-    torch.manual_seed(1)
-    assert torch.equal(actor.start(obs), first)  # and the base's part never moves
-    assert not any(p.requires_grad for p in actor.base.parameters())
-
-
-def test_no_row_passes_through_a_network_whose_output_is_thrown_away():
-    actor = ChainActor(policy=diffusion(), **ACTOR)
-    calls = {"base": 0, "tuned": 0}
-    for name in calls:
-        getattr(actor, name).denoiser.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    actor(torch.zeros(2, 1, 1))
-    assert calls == {"base": 4, "tuned": 4}
-    actor.score(torch.zeros(2, 1, 1), torch.zeros(2, 5, 4, 1))
-    assert calls == {"base": 4, "tuned": 5}
-
-
-def test_exploring_switches_no_network_to_training():
-    actor = ChainActor(policy=diffusion(), **ACTOR).train()
-    assert actor.training
-    assert not any(module.training for module in [*actor.base.modules(), *actor.tuned.modules()])
-    assert not actor.eval().training
 
 
 def test_the_regulariser_passes_each_row_once_through_each_network():
@@ -323,27 +265,6 @@ def gae_only() -> DPPO:
     algo = dppo()
     algo.value = lambda obs: obs[:, -1, 0]  # type: ignore[method-assign]
     return algo
-
-
-def test_chunk_rewards_and_discounts():
-    torch.testing.assert_close(chunk_rewards(torch.tensor([1.0, 1, 1]), 0.5), torch.tensor(1.75))
-    torch.testing.assert_close(discounts(torch.tensor([1, 4]), 0.5), torch.tensor([0.5, 0.0625]))
-
-
-def test_return_scale_is_the_std_of_what_was_seen():
-    rng = np.random.default_rng(0)
-    rew, done = rng.normal(2, 5, (3, 20, 4)), rng.random((3, 20, 4)) < 0.1
-    scale, running, seen = ReturnScale(0.9), np.zeros(4), []
-    for r, d in zip(rew, done, strict=True):
-        out = scale(torch.tensor(r), torch.full((20, 4), 0.9, dtype=torch.float64), torch.tensor(d))
-        for t in range(20):
-            running = running * 0.9 + r[t]
-            seen.append(running)
-            running = running * ~d[t]
-        np.testing.assert_allclose(out, r / np.std(seen), rtol=1e-6)
-    again = ReturnScale(0.9)
-    again.load_state_dict(scale.state_dict())
-    assert (again.count, again.mean, again.square) == (scale.count, scale.mean, scale.square)
 
 
 def test_the_critic_warms_up_alone():

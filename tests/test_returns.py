@@ -1,8 +1,9 @@
-"""Advantages of chunks."""
+"""Rewards, scales and advantages of chunks."""
 
+import numpy as np
 import torch
 
-from dprl.returns import discounts, gae
+from dprl.returns import ReturnScale, chunk_rewards, discounts, gae
 
 
 def rollout(t: int, n: int):
@@ -42,3 +43,24 @@ def test_with_lambda_zero_an_advantage_is_one_steps_surprise():
     adv, target = gae(rew, value, next_value, discount, terminated, done, lam=0.0)
     torch.testing.assert_close(adv, rew + discount * ~terminated * next_value - value)
     torch.testing.assert_close(target, adv + value)
+
+
+def test_chunk_rewards_and_discounts():
+    torch.testing.assert_close(chunk_rewards(torch.tensor([1.0, 1, 1]), 0.5), torch.tensor(1.75))
+    torch.testing.assert_close(discounts(torch.tensor([1, 4]), 0.5), torch.tensor([0.5, 0.0625]))
+
+
+def test_return_scale_is_the_std_of_what_was_seen():
+    rng = np.random.default_rng(0)
+    rew, done = rng.normal(2, 5, (3, 20, 4)), rng.random((3, 20, 4)) < 0.1
+    scale, running, seen = ReturnScale(0.9), np.zeros(4), []
+    for r, d in zip(rew, done, strict=True):
+        out = scale(torch.tensor(r), torch.full((20, 4), 0.9, dtype=torch.float64), torch.tensor(d))
+        for t in range(20):
+            running = running * 0.9 + r[t]
+            seen.append(running)
+            running = running * ~d[t]
+        np.testing.assert_allclose(out, r / np.std(seen), rtol=1e-6)
+    again = ReturnScale(0.9)
+    again.load_state_dict(scale.state_dict())
+    assert (again.count, again.mean, again.square) == (scale.count, scale.mean, scale.square)

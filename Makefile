@@ -11,6 +11,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := $(VENV)/bin
 RUNS := runs/demo
 SEED := 0
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test quick check bench lock install
 
@@ -29,16 +30,16 @@ demo: install
 	$(BIN)/python finetune.py algo=dppo seed=$(SEED) policy_from=$(RUNS)/bc out=$(RUNS)/dppo resume=auto
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: install
 	$(BIN)/python scripts/benchmark.py

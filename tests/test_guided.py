@@ -238,7 +238,7 @@ def run(algo: Guided):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"critic": "monte_carlo"}, {"actor": {"at": "noised"}}, {"actor": {"value": right}}, {"actor": {"candidates": 3}}],
-    ids=str,
+    ids=["plain", "critic of rollouts", "noised", "by a function", "candidates"],
 )
 def test_a_whole_run_changes_no_weight_of_the_policy(changes):
     policy = diffusion()
@@ -366,7 +366,6 @@ def test_a_function_that_cannot_guide_is_named(value, message):
         (dict(actor=dict(candidates=0)), r"candidates is too small"),
         (dict(actor=dict(value=right, candidates=2)), r"a function guides by itself"),
     ],
-    ids=str,
 )
 def test_settings_out_of_range_are_named(changes, message):
     with pytest.raises(UserError, match=message):

@@ -50,10 +50,10 @@ ORDER = list(NAMES)
 FIGURE = Path("docs/figures/performance.svg")
 
 
-def load() -> dict[tuple[str, str], list[dict[str, Any]]]:
+def load(folder: str = "results") -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Results by (task, algorithm), each by ascending seed."""
     groups = defaultdict(list)
-    for path in sorted((ROOT / "results").glob("*-*.json")):
+    for path in sorted((ROOT / folder).glob("*-*.json")):
         result = read_json(path)
         if path.stem != f"{result['task']}-{result['algo']}-{result['seed']}":
             raise SystemExit(f"{path} holds {result['task']}-{result['algo']}-{result['seed']}")
@@ -141,10 +141,10 @@ def sweep_table() -> str:
     return markdown(lines, ["data", "selection", *(f"n = {n}" for n in CANDIDATES)])
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list[float], digits: int = 0) -> str:
     """The mean over seeds, least to greatest in brackets."""
-    spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.0f}{spread}" if values else ""
+    spread = f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{spread}" if values else ""
 
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
@@ -200,6 +200,21 @@ def main_table(groups: dict, algos: Iterable[str]) -> str:
                 ]
             )
     return markdown(rows, ["task", "method", "seed", "BC", "result", "episodes", "env steps", "minutes"])
+
+
+def again_table(then: dict, now: dict) -> str:
+    """Success before and after tuning of pipelines that were run again: means over the same seeds, least to greatest in brackets."""
+    rows = []
+    for key, results in now.items():
+        seeds = [result["seed"] for result in results]
+        both = ([result for result in then[key] if result["seed"] in seeds], results)
+        cells = [
+            _mean([100 * run[part]["success"] for run in runs], digits=1) if part in runs[0] else ""
+            for part in ("bc", "tuned")
+            for runs in both
+        ]
+        rows.append([key[0], NAMES[key[1]], str(len(seeds)), *cells])
+    return markdown(rows, ["task", "method", "seeds", "BC, then", "BC, now", "tuned, then", "tuned, now"])
 
 
 def ways_table(groups: dict, method: str) -> str:
@@ -285,7 +300,7 @@ def main() -> None:
         | {"alone": bench_table.performance(alone)}
         | {"elsewhere": f"{bench_table.performance(elsewhere, ['textbook'])}\n{bench_table.setting(elsewhere)}"}
         | bench_precision.tables(rounding)
-        | {"bf16": main_table(groups, ("dppo", "dppo_fp32"))},
+        | {"bf16": main_table(groups, ("dppo", "dppo_fp32")), "again": again_table(groups, load("results/again"))},
         "docs/dppo.md": {"results": main_table(groups, ("dppo", "dppo_ways", "dppo_ways_bf16")), "ways": ways_table(groups, "dppo")},
     }
     for name, parts in tables.items():

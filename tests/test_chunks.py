@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_data import episodes
 
 from dprl import rewards
-from dprl.data.chunks import ChunkData, Replay, from_rollout
+from dprl.data.chunks import ChunkData, Replay, RolloutReturns, from_rollout
 from dprl.data.demonstrations import demonstrate
 from dprl.data.offline import relabel
 from dprl.envs.collect import Collector
@@ -161,3 +161,19 @@ def test_replay_goes_on_where_it_was(memmap, tmp_path):
     torch.manual_seed(1)
     assert torch.equal(first["obs"], again.sample(20)["obs"])
     assert np.isin(first["obs"].numpy(), data.obs.numpy()).all()
+
+
+def test_rollouts_give_whole_returns():
+    policy = Fixed([[0.0], [0.0]], obs_shape=[2], act_dim=1)
+    collector = Collector(vec("Counter-v0", num_envs=1, act_steps=2, kwargs={"end": 5}), device=torch.device("cpu"))
+    collector.reset(0)
+    rollout = collector(policy, 5)  # steps 1 2 | 3 4 | 5 (ends) | 1 2 | 3 4, cut by the rollout
+    rows = RolloutReturns.of(rollout, 0.5).rows
+    by_start = {int(row["obs"][0, 1]) + 10 * int(row["obs"][0, 0]): row for row in rows}
+    first = by_start[min(by_start)]
+    assert float(first["rew"]) == pytest.approx(sum(0.5**i * (i + 1) for i in range(5)))
+    assert bool(first["terminated"]) and float(first["next_obs"][0, 1]) == 5
+    assert float(first["discount"]) == 0.5**5
+    last = by_start[max(by_start)]
+    assert float(last["rew"]) == pytest.approx(3 + 0.5 * 4)
+    assert not bool(last["terminated"]) and float(last["discount"]) == 0.25 and float(last["next_obs"][0, 1]) == 4

@@ -1,4 +1,4 @@
-"""Guidance: against closed forms, its options, what it refuses, and that it changes no weight."""
+"""The algorithm around guidance: what it trains, that it changes no weight, resuming, and what it refuses."""
 
 import copy
 from functools import partial
@@ -7,29 +7,12 @@ import pytest
 import torch
 from conftest import LEARNING, diffusion, vec
 from test_data import episodes
-from test_idql import CRITIC, NET, mixed
-from torch import nn
+from test_guidance import guided, plain, right, toy
+from test_idql import mixed
 
 from algos.guided import Guided, energy_loss
-from algos.idql import RankedActor
-from dprl import values
-from dprl.chain import ChainActor
-from dprl.data.chunks import RolloutReturns
-from dprl.diffusion import DiffusionPolicy
 from dprl.envs.collect import Collector
 from dprl.errors import UserError
-from dprl.guidance import GuidedActor
-from dprl.networks.critic import NoisedValue
-from dprl.schedule import Schedule
-
-ENERGY = partial(NoisedValue, **NET, time_size=8)
-
-
-def guided(policy, **changes) -> GuidedActor:
-    settings = dict(
-        scale=0.1, start=0, stop=None, every=1, limit=10.0, normalize="sample", jacobian="identity", at="clean", candidates=1, value=None
-    )
-    return GuidedActor(policy=policy, **(dict(critic=CRITIC, energy=ENERGY) | settings | changes))
 
 
 def algorithm(policy, *, actor=None, logged=None, **changes) -> Guided:
@@ -42,170 +25,6 @@ def algorithm(policy, *, actor=None, logged=None, **changes) -> Guided:
         energy_beta=3.0,
     )
     return Guided(policy=policy, actor=partial(guided, **(actor or {})), episodes=lambda: logged or mixed(20), **(settings | changes))
-
-
-class Exact(nn.Module):
-    """The optimal clean-chunk denoiser of a mixture of Gaussians N(mean, std^2), the same in every number of a chunk."""
-
-    def __init__(self, means, std, schedule: Schedule, **sizes):
-        super().__init__()
-        self.means, self.std, self.schedule = means, std, schedule
-        self.unused = nn.Parameter(torch.zeros(()))
-
-    def encode(self, obs):
-        return obs[:, 0]
-
-    def forward(self, x, k, cond):
-        a, b = self.schedule.signal[k], self.schedule.noise[k]
-        a, b = (t.reshape(-1, 1, 1) if t.dim() else t for t in (a, b))
-        means = torch.tensor(self.means)
-        spread = a**2 * self.std**2 + b**2
-        post = means + a * self.std**2 / spread * (x[..., None] - a * means)  # E[x0 | x, mode]
-        logits = (-0.5 * (x[..., None] - a * means) ** 2 / spread).sum((1, 2), keepdim=True)
-        return (torch.softmax(logits, -1) * post).sum(-1)
-
-
-def toy(means, std, *, steps=40, horizon=1, eta=1.0) -> DiffusionPolicy:
-    def schedule(*, predict):
-        return Schedule(kind="cosine", steps=steps, sample_steps=None, eta=eta, predict=predict)
-
-    made: dict = {}
-
-    def denoiser(**sizes):
-        return Exact(means, std, made["schedule"], **sizes)
-
-    def remembered(*, predict):
-        made["schedule"] = schedule(predict=predict)
-        return made["schedule"]
-
-    return DiffusionPolicy(
-        denoiser=denoiser,
-        schedule=remembered,
-        predict="clean",
-        clip=10.0,
-        condition=None,
-        obs_shape=[1],
-        act_dim=1,
-        horizon=horizon,
-        act_steps=horizon,
-        obs_steps=1,
-        obs_limit=None,
-    ).eval()
-
-
-def right(obs, act):
-    """More is better to the right."""
-    return act.sum((1, 2))
-
-
-def plain(policy, obs):
-    torch.manual_seed(11)
-    return policy(obs)[0]
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda p: p, lambda p: ChainActor(policy=p, tuned_steps=3, min_std=0.1, noise_limit=3.0)], ids=["bc", "tuned"]
-)
-def test_scale_0_is_plain_sampling_to_the_bit(wrap):
-    policy = wrap(diffusion()).eval()
-    obs = torch.randn(7, 1, 1)
-    assert torch.equal(plain(policy, obs), plain(guided(policy, scale=0.0), obs))
-    assert not torch.equal(plain(policy, obs), plain(guided(policy, scale=0.1), obs))
-
-
-def test_the_tilted_mean_is_that_of_the_closed_form():
-    """With clean estimates all moved by d, the chain ends d sum_i c_i further: c_i is what reverse steps make of a move."""
-    policy, scale = toy([0.0], 0.5), 0.01
-    obs = torch.zeros(4000, 1, 1)
-    before, after = plain(policy, obs), plain(guided(policy, scale=scale, value=right), obs)
-    s, move = policy.schedule, torch.zeros(())
-    for i in range(len(s)):  # the estimate is linear in x: x0 = gain x, so a move of x is carried on
-        k = s.levels[i]
-        a, b = s.signal[k], s.noise[k]
-        gain = a * 0.25 / (a**2 * 0.25 + b**2)
-        move = s.mean_x[i] * move + s.mean_clean[i] * (gain * move + 2 * scale)
-    torch.testing.assert_close((after - before).mean(), move, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close((after - before).std(), torch.tensor(0.0), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("eta", [1.0, 0.0], ids=["DDPM", "DDIM"])
-@pytest.mark.parametrize("jacobian", ["identity", "full"])
-def test_mass_moves_to_the_better_mode(eta, jacobian):
-    policy = toy([-0.7, 0.7], 0.1, horizon=2, eta=eta)
-    obs = torch.zeros(600, 1, 1)
-    share = [
-        float((plain(guided(policy, scale=scale, value=right, jacobian=jacobian), obs).mean((1, 2)) > 0).float().mean())
-        for scale in (0.0, 0.1, 0.3)
-    ]
-    assert abs(share[0] - 0.5) < 0.08
-    assert share[0] < share[1] < share[2]
-    assert share[2] > 0.9
-
-
-def test_only_the_steps_named_are_pushed_and_no_further_than_the_limit():
-    policy = toy([0.0], 0.5, steps=10)
-    obs = torch.zeros(50, 1, 1)
-    late = plain(guided(policy, scale=0.1, value=right, start=9), obs) - plain(policy, obs)
-    torch.testing.assert_close(late, torch.full_like(late, 0.2), atol=1e-5, rtol=0)  # the last mean is the estimate
-    held = plain(guided(policy, scale=0.1, value=right, start=9, limit=0.03), obs) - plain(policy, obs)
-    torch.testing.assert_close(held, torch.full_like(held, 0.06), atol=1e-5, rtol=0)
-    early = plain(guided(policy, scale=0.1, value=right, stop=1), obs) - plain(policy, obs)
-    assert float(early.abs().max()) < 0.05
-
-
-def test_the_full_jacobian_is_the_slope_through_the_denoiser():
-    policy = diffusion(clip=10.0)
-    actor = guided(policy, value=lambda obs, act: (act * torch.arange(1.0, 5.0)[:, None]).sum((1, 2)).sin(), jacobian="full")
-    obs, x = torch.randn(2, 1, 1), torch.randn(2, 4, 1)
-    cond, moved = policy.encode(obs), []
-
-    def estimate(at):
-        return policy.estimate(at, 3, cond)
-
-    pushed = actor.guide(obs, 1)(estimate, x, 3) - estimate(x)
-    for n in range(2):  # by differences
-        slope = torch.zeros(4)
-        for j in range(4):
-            step = torch.zeros_like(x)
-            step[n, j] = 1e-2
-            up, down = (actor.value(obs, policy.to_env(estimate(x + sign * step)))[n] for sign in (1, -1))
-            slope[j] = (up - down).detach()
-        moved.append(0.2 * slope / slope.norm())
-    torch.testing.assert_close(pushed[..., 0], torch.stack(moved), atol=5e-3, rtol=0)
-
-
-def test_all_candidates_of_all_environments_in_one_call():
-    policy = diffusion()
-    calls = []
-    inner = policy.denoiser.forward
-    policy.denoiser.forward = lambda x, k, cond: calls.append(len(x)) or inner(x, k, cond)
-    actor = guided(policy, candidates=5)
-    obs = torch.randn(3, 1, 1)
-    act, _ = actor(obs)
-    assert act.shape == (3, 4, 1) and actor.promise(obs, act).shape == (3,)
-    assert calls == [15] * 8
-
-
-def test_the_member_that_ranks_does_not_guide():
-    """Broken members must be heard where they are asked, and only there."""
-    obs = torch.randn(2, 1, 1)
-    for broken, candidates, heard in ((0, 1, True), (1, 1, True), (0, 4, True), (1, 4, False)):
-        actor = guided(diffusion(), candidates=candidates)
-        with torch.no_grad():
-            actor.critic.target[broken].chunk.weight.fill_(torch.nan)
-        if heard:
-            with pytest.raises(UserError, match="not finite"):
-                actor.candidates(obs, candidates)
-        else:
-            assert bool(torch.isfinite(actor.candidates(obs, candidates)).all())
-            assert bool(actor.critic.values(obs, actor.policy.candidates(obs, candidates))[-1].isnan().all())
-
-
-def test_composes_with_ranking_and_tuned_policies():
-    chain = ChainActor(policy=diffusion(), tuned_steps=3, min_std=0.1, noise_limit=3.0)
-    how = dict(candidates=3, select="argmax", explore="softmax", temperature=0.1, expectile=0.7)
-    actor = RankedActor(policy=guided(chain), critic=CRITIC, **how)
-    assert actor(torch.randn(5, 1, 1))[0].shape == (5, 4, 1)
 
 
 def test_the_energy_learns_which_noisy_chunks_lead_to_more():
@@ -272,33 +91,6 @@ def test_goes_on_exactly_after_a_checkpoint():
         ends.append(one.actor.state_dict())
     assert collector.env_steps == 60  # rollouts are kept, not taken again
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
-def test_rollouts_give_whole_returns():
-    from test_chunks import Fixed
-
-    policy = Fixed([[0.0], [0.0]], obs_shape=[2], act_dim=1)
-    collector = Collector(vec("Counter-v0", num_envs=1, act_steps=2, kwargs={"end": 5}), device=torch.device("cpu"))
-    collector.reset(0)
-    rollout = collector(policy, 5)  # steps 1 2 | 3 4 | 5 (ends) | 1 2 | 3 4, cut by the rollout
-    rows = RolloutReturns.of(rollout, 0.5).rows
-    by_start = {int(row["obs"][0, 1]) + 10 * int(row["obs"][0, 0]): row for row in rows}
-    first = by_start[min(by_start)]
-    assert float(first["rew"]) == pytest.approx(sum(0.5**i * (i + 1) for i in range(5)))
-    assert bool(first["terminated"]) and float(first["next_obs"][0, 1]) == 5
-    assert float(first["discount"]) == 0.5**5
-    last = by_start[max(by_start)]
-    assert float(last["rew"]) == pytest.approx(3 + 0.5 * 4)
-    assert not bool(last["terminated"]) and float(last["discount"]) == 0.25 and float(last["next_obs"][0, 1]) == 4
-
-
-def test_values_by_hand():
-    obs = torch.zeros(1, 1, 2)
-    act = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]])  # to (1, 0), (2, 0), (2, 2)
-    assert float(values.goal(obs, act, columns=[0, 1], goal=[2.0, 5.0])) == -3
-    assert float(values.smoothness(obs, act)) == -5
-    circles = [[2.0, 0.5, 0.2], [9.0, 9.0, 1.0]]
-    assert float(values.keep_out(obs, act, columns=[0, 1], circles=circles, margin=0.5)) == pytest.approx(-((0.5 - 0.3) ** 2))
 
 
 def detached(obs, act):
@@ -370,13 +162,6 @@ def test_a_function_that_cannot_guide_is_named(value, message):
 def test_settings_out_of_range_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         algorithm(diffusion(), **changes)
-
-
-def test_only_diffusion_is_guided():
-    from test_idql import Spread
-
-    with pytest.raises(UserError, match=r"only a diffusion policy can be guided[\s\S]*Spread"):
-        guided(Spread())
 
 
 def test_the_data_are_read_only_where_they_are_wanted():

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import diffusion
-from test_guided import algorithm, guided, plain, run, toy
+from test_guidance import guided, plain, toy
+from test_guided import algorithm, run
 from test_idql import CRITIC, NET
 from torch import nn
 

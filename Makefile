@@ -1,9 +1,10 @@
 # make demo   a virtual environment, demonstrations, a cloned policy, and the same policy tuned by DPPO
-# make test   the same environment, and every test
+# make test   the same environment, and every test, with a report of branch coverage
 # make quick  the tests that take seconds
-# make check  what a commit must pass: ruff, pyright, the quick tests
-# make bench  times what users wait for, beside the textbook version of it; nothing else should run
-# make lock   renews constraints.txt from what is installed
+# make lint   ruff and pyright
+# make check  lint, and the quick tests: what a commit must pass
+# make bench  run all benchmarks and update docs/performance.md; nothing else should run on the machine
+# make lock   update constraints.txt from the installed packages
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,11 +14,11 @@ RUNS := runs/demo
 SEED := 0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test quick check bench lock install
+.PHONY: demo test quick lint check bench lock install
 
 install: $(VENV)/.installed
 
-# Torch first, and alone: where its CPU build is offered it is taken, and nothing after it asks for another.
+# Torch first and alone, so that the CPU build is used where it is available; the other packages then keep it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -25,25 +26,26 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	test -f $(RUNS)/demonstrations.hdf5 || $(BIN)/python scripts/demonstrations.py seed=$(SEED) out=$(RUNS)/demonstrations.hdf5
-	$(BIN)/python pretrain.py seed=$(SEED) data.path=$(RUNS)/demonstrations.hdf5 out=$(RUNS)/bc resume=auto
-	$(BIN)/python finetune.py algo=dppo seed=$(SEED) policy_from=$(RUNS)/bc out=$(RUNS)/dppo resume=auto
+	test -f $(RUNS)/demonstrations.hdf5 || $(BIN)/dprl demos seed=$(SEED) out=$(RUNS)/demonstrations.hdf5
+	$(BIN)/dprl pretrain seed=$(SEED) data.path=$(RUNS)/demonstrations.hdf5 out=$(RUNS)/bc resume=auto
+	$(BIN)/dprl finetune algo=dppo seed=$(SEED) policy_from=$(RUNS)/bc out=$(RUNS)/dppo resume=auto
 
 test: install
-	$(PYTEST)
+	$(PYTEST) --cov --cov-report=term
 
 quick: install
 	$(PYTEST) -m "not slow"
 
-check: install
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(PYTEST) -m "not slow"
+
+check: lint quick
 
 bench: install
-	$(BIN)/python scripts/benchmark.py
-	$(BIN)/python scripts/results.py
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python scripts/tables.py
 
 lock: install
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

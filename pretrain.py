@@ -1,25 +1,14 @@
-"""Clones demonstrations into a policy over action chunks.
+"""Clone demonstrations into a policy over action chunks. The installed command `dprl pretrain` is the same program.
 
-python scripts/demonstrations.py                       # writes data/avoid-0.hdf5
+dprl demos                                             # writes data/avoid-0.hdf5
 python pretrain.py                                     # -> runs/avoid-bc-0
 python pretrain.py task=hopper data.path=hopper-medium.hdf5
 python pretrain.py policy=regression out=runs/avoid-mse-0
-python pretrain.py resume=runs/avoid-bc-0              # goes on after an interruption
+python pretrain.py resume=runs/avoid-bc-0              # continue after an interruption
 python pretrain.py --help
 """
 
-from dprl import cli
-
-
-def train(cfg, overrides: list[str]) -> None:
-    from dprl.clone import clone
-
-    clone(cfg, overrides)
-
-
-def main() -> None:
-    cli.main("pretrain", train, resumes=True)
-
+from dprl.cli.main import pretrain
 
 if __name__ == "__main__":
-    main()
+    pretrain()

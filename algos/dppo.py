@@ -1,286 +1,150 @@
-"""DPPO: PPO over the two-layer MDP of environment chunks and denoising steps (Ren et al., 2024).
+"""Diffusion policy policy optimization (DPPO): PPO over environment chunks and denoising steps (Ren et al., 2024).
 
-The last K' of the K reverse steps are tuned; a frozen copy of the cloned policy takes the others. Each tuned step is an
-action with a Gaussian log-probability; all K' steps of a chunk share the chunk's advantage, discounted towards noise.
+The last K' of the K reverse steps are fine-tuned; a frozen copy of the pretrained policy takes the others. Each
+fine-tuned step is an action with a Gaussian log-probability. All K' steps of a chunk share the advantage of the chunk,
+discounted towards noise.
 
-Letters: N environments or batch, T chunks, M = T N states, K' tuned steps (``C`` in code), H horizon, Ta executed steps,
-To observed steps, A action dim.
+Shapes: N batch, M rows of a rollout, K' fine-tuned denoising steps, To observed steps, O observation dim.
 """
 
-import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 
-from dprl.chain import ChainActor
-from dprl.envs.collect import Collect, Rollout
-from dprl.errors import check_numbers, found
-from dprl.guards import Learned, descend
-from dprl.later import Later
-from dprl.lean import TensorDict, taken
-from dprl.log import Sums
-from dprl.normalize import Obs
-from dprl.optim import adamw, set_lr, warmup_cosine
-from dprl.policy import device_of
-from dprl.precision import arithmetic
-from dprl.returns import ReturnScale, chunk_rewards, discounts, gae
+from dprl.learning.advantages import ReturnScale, chunk_advantages
+from dprl.learning.algorithm import Algorithm, Collect, Metrics
+from dprl.learning.optim import accumulate, adamw, gradient_step, minibatches
+from dprl.learning.ppo import clip_ranges, ppo_loss, value_loss
+from dprl.networks.normalizer import Obs
+from dprl.utils.device import Precision, autocast
+from dprl.utils.metrics import MetricSums
+from dprl.utils.types import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Settings
 
 
-def clip_ranges(*, first: float, last: float, rate: float, steps: int) -> Tensor:
-    """The PPO clip of each tuned step, growing from ``first`` (noisiest) to ``last`` as exp(rate u): [C].
+@dataclass(frozen=True, kw_only=True)
+class DPPOConfig(Settings):
+    """Settings of DPPO; `configs/algo/dppo.yaml` describes each."""
 
-    eps(u) = first + (last - first) (e^{rate u} - 1) / (e^rate - 1), u = i / (C - 1); a single step has ``last``.
-    """
-    u = torch.linspace(0, 1, steps) if steps > 1 else torch.ones(1)
-    growth = torch.expm1(rate * u) / math.expm1(rate) if rate else u
-    return first + (last - first) * growth
+    compose: ClassVar[tuple[str, ...]] = ("finetune", "algo=dppo", "name=dppo")
+
+    env_steps: PositiveInt
+    chunks: PositiveInt
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None
+    gamma: Fraction
+    gae_lambda: Fraction
+    gamma_denoising: Fraction
+    clip_first: Positive
+    clip_last: Positive
+    clip_rate: NonNegative
+    value_clip: Positive | None
+    target_kl: NonNegative | None
+    max_grad_norm: Positive
+    actor_lr: NonNegative
+    actor_lr_final: NonNegative
+    critic_lr: NonNegative
+    critic_lr_final: NonNegative
+    lr_warmup: Fraction
+    weight_decay: NonNegative
+    critic_warmup: NonNegativeInt
+    min_std_final: Positive
+    scale_rewards: bool
+    normalize_advantages: bool
+    bc_weight: NonNegative
+    bc_discount: Fraction
+    precision: Precision
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, clip: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(r A, clip(r, 1-eps, 1+eps) A)] with r = exp(logp - old_logp); ``logp``, ``adv`` [N, C], ``clip`` [C]."""
-    log_ratio = logp - old_logp
-    ratio = log_ratio.exp()
-    clipped = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
-    loss = -torch.minimum(ratio * adv, clipped * adv).mean()
-    with torch.no_grad():
-        metrics = {
-            "ratio": ratio.mean(),
-            "kl": (ratio - 1 - log_ratio).mean(),  # k3 estimator, Schulman (2020)
-            "clipped": ((ratio - 1).abs() > clip).float().mean(),
-        }
-    return loss, metrics
-
-
-def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float | None) -> Tensor:
-    """Half the squared error; with ``clip``, the worse of it and that of a value held within +-clip of the old. [N]"""
-    error = (value - target).square()
-    if clip is not None:
-        held = old_value + (value - old_value).clamp(-clip, clip)
-        error = torch.maximum(error, (held - target).square())
-    return 0.5 * error.mean()
-
-
-class DPPO:
-    """The algorithm. Settings are explained, with their defaults, in ``configs/algo/dppo.yaml``."""
+class DPPO(Algorithm):
+    """DPPO, with an optional pull towards the pretrained policy; `DPPOConfig` has the settings."""
 
     def __init__(
-        self,
-        *,
-        policy: nn.Module,
-        actor: Callable[..., ChainActor],
-        critic: Callable[..., nn.Module],
-        env_steps: int,
-        chunks: int,
-        epochs: int,
-        batch: int,
-        micro_batch: int | None,
-        gamma: float,
-        gae_lambda: float,
-        denoise_discount: float,
-        clip_first: float,
-        clip_last: float,
-        clip_rate: float,
-        value_clip: float | None,
-        target_kl: float | None,
-        max_grad_norm: float,
-        actor_lr: float,
-        actor_lr_final: float,
-        critic_lr: float,
-        critic_lr_final: float,
-        lr_warmup: float,
-        weight_decay: float,
-        critic_warmup: int,
-        min_std_final: float,
-        scale_rewards: bool,
-        normalize_advantages: bool,
-        bc_weight: float,
-        bc_discount: float,
-        precision: str,
+        self, *, policy: nn.Module, actor: Callable[..., Any], critic: Callable[..., nn.Module], **settings: Any
     ):
-        counts = dict(chunks=chunks, epochs=epochs, batch=batch, micro_batch=micro_batch, env_steps=env_steps)
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise found(f"algo.{name} is too small", "at least 1", value, f"algo.{name}=1 or more")
-        check_numbers(
-            "algo.", least=0, most=1, gamma=gamma, gae_lambda=gae_lambda, denoise_discount=denoise_discount, bc_discount=bc_discount
-        )
-        check_numbers("algo.", least=0, actor_lr=actor_lr, actor_lr_final=actor_lr_final, weight_decay=weight_decay, bc_weight=bc_weight)
-        check_numbers("algo.", least=0, critic_lr=critic_lr, critic_lr_final=critic_lr_final, critic_warmup=critic_warmup)
-        check_numbers("algo.", least=0, clip_rate=clip_rate, target_kl=target_kl)
-        check_numbers("algo.", above=0, clip_first=clip_first, clip_last=clip_last, value_clip=value_clip, max_grad_norm=max_grad_norm)
-        check_numbers("algo.", above=0, min_std_final=min_std_final)
-        check_numbers("algo.", least=0, most=1, lr_warmup=lr_warmup)
-        self.actor = actor(policy=policy)
-        tuned = self.actor.tuned
-        device = device_of(tuned)
-        self.critic = critic(obs_shape=tuned.obs_shape, obs_steps=tuned.obs_steps).to(device)
-        self.actor_optimizer = adamw(tuned.parameters(), lr=actor_lr, weight_decay=weight_decay)
-        self.critic_optimizer = adamw(self.critic.parameters(), lr=critic_lr, weight_decay=weight_decay)
-        self.env_steps, self.chunks, self.epochs = env_steps, chunks, epochs
-        self.batch, self.micro_batch = batch, micro_batch
-        self.gamma, self.gae_lambda = gamma, gae_lambda
-        steps = self.actor.tuned_steps
-        self.discount = denoise_discount ** torch.arange(steps - 1, -1, -1, device=device)  # [C], 1 at the last step
-        self.clip = clip_ranges(first=clip_first, last=clip_last, rate=clip_rate, steps=steps).to(device)
-        self.value_clip, self.target_kl, self.max_grad_norm = value_clip, target_kl, max_grad_norm
-        self.rates = {
-            self.actor_optimizer: dict(lr=actor_lr, final=actor_lr_final, warmup=lr_warmup),
-            self.critic_optimizer: dict(lr=critic_lr, final=critic_lr_final, warmup=lr_warmup),
-        }
-        self.min_std = (self.actor.min_std, min_std_final)
-        self.critic_warmup, self.bc_weight = critic_warmup, bc_weight
-        self.bc_share = bc_discount ** torch.arange(steps, device=device)  # [C], 1 at the noisiest tuned step
-        self.normalize_advantages = normalize_advantages
-        self.scale = ReturnScale(gamma) if scale_rewards else None
-        self.arithmetic = arithmetic(precision, device)
-        self.iteration = 0
+        super().__init__(actor(policy=policy), cfg := DPPOConfig(**settings))
+        self.finetuned, steps = self.actor.finetuned, self.actor.ft_denoising_steps
+        self.critic = critic(obs_shape=self.actor.obs_shape, obs_steps=self.actor.obs_steps).to(self.device)
+        schedule = dict(warmup=cfg.lr_warmup, weight_decay=cfg.weight_decay)
+        self.actor_optimizer = adamw(self.finetuned.parameters(), lr=(cfg.actor_lr, cfg.actor_lr_final), **schedule)
+        self.critic_optimizer = adamw(self.critic.parameters(), lr=(cfg.critic_lr, cfg.critic_lr_final), **schedule)
+        self.return_scale = ReturnScale(cfg.gamma) if cfg.scale_rewards else None
+        self.clip = clip_ranges(cfg.clip_first, cfg.clip_last, rate=cfg.clip_rate, steps=steps).to(self.device)
+        self.denoising_discount = cfg.gamma_denoising ** torch.arange(steps - 1, -1, -1, device=self.device)  # [K']
+        self.bc_discount = cfg.bc_discount ** torch.arange(steps, device=self.device)  # [K'], 1 at the noisiest step
+        self.min_std = self.actor.min_std, cfg.min_std_final
+        self.autocast = autocast(cfg.precision, self.device)
 
-    def progress(self, collect: Collect) -> float:
-        return 1.0 if self._spent(collect) else collect.env_steps / self.env_steps
-
-    def _spent(self, collect: Collect) -> bool:
-        """Whether another iteration might take more environment steps than the budget holds."""
-        most = collect.num_envs * self.chunks * collect.act_steps
-        return collect.env_steps + most > self.env_steps
-
-    def train(self, collect: Collect) -> Iterator[dict[str, float]]:
-        while not self._spent(collect):
-            progress = min(1.0, (collect.env_steps + 1) / self.env_steps)
-            for optimizer, rate in self.rates.items():
-                set_lr(optimizer, warmup_cosine(progress, **rate))
-            self.actor.min_std = self.min_std[0] + (self.min_std[1] - self.min_std[0]) * progress
-            self.actor.train()
-            with self.arithmetic:  # as the update scores, so that the first ratio is 1
-                rollout = collect(self.actor, self.chunks)
-            batch, metrics = self.advantages(rollout)
+    def train(self, collect: Collect) -> Iterator[Metrics]:
+        """Collect, estimate advantages and update, until the budget of environment steps is spent."""
+        while not self.budget_spent(collect):
+            self.anneal(min(1.0, (collect.env_steps + 1) / self.cfg.env_steps))
+            with self.autocast:  # as in the update, so that the first ratio is 1
+                rollout = collect(self.actor.train(), self.cfg.chunks)
+            batch, metrics = chunk_advantages(rollout, self.value, self.cfg, self.return_scale)
             metrics |= self.update(batch)
             self.iteration += 1
             yield metrics
 
+    def anneal(self, progress: float) -> None:
+        """Set learning rates and the exploration noise."""
+        super().anneal(progress)
+        self.actor.min_std = self.min_std[0] + (self.min_std[1] - self.min_std[0]) * progress
+
     def value(self, obs: Obs) -> Tensor:
-        """V(s) of ``obs`` [M, To, O]: [M]."""
-        return self.critic(self.actor.base.obs_norm(obs))
+        """Return V of observations `[M, To, O]`: `[M]`."""
+        return self.critic(self.actor.obs_norm(obs))
 
-    @torch.no_grad()
-    def advantages(self, rollout: Rollout) -> tuple[TensorDict, dict[str, float]]:
-        """GAE over chunks; a batch of M states: obs, chain, logp, value, adv and target (the value's)."""
-        t, n = rollout.length.shape
-        terminated, done = rollout.terminated, rollout.terminated | rollout.truncated
-        states = torch.cat([rollout.obs, rollout.next_obs[-1:]]).flatten(0, 1)
-        values = torch.cat([self.value(part) for part in states.split(self.batch)]).view(t + 1, n)
-        value, next_value = values[:-1], values[1:].clone()
-        cut = rollout.truncated & ~terminated
-        cut[-1] = False  # the last row's successor was valued above
-        if cut.any():
-            next_value[cut] = self.value(rollout.next_obs[cut])  # the true successor, not the next episode's start
-        rew = chunk_rewards(rollout.rew, self.gamma)  # [T, N]
-        gamma = discounts(rollout.length, self.gamma)
-        if self.scale is not None:
-            rew = self.scale(rew, gamma, done)
-        adv, target = gae(rew, value, next_value, gamma, terminated, done, lam=self.gae_lambda)
-        batch = TensorDict(
-            obs=rollout.obs,
-            chain=rollout.extra["chain"],
-            logp=rollout.extra["logp"],
-            value=value,
-            adv=adv,
-            target=target,
-            batch_size=[t, n],
-        )
-        explained = 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
-        ran = rollout.ran.flatten()
-        rows: Any = batch.flatten()
-        rows = rows if bool(ran.all()) else taken(rows, ran)
-        return rows, {"explained_variance": float(explained), "value": float(value.mean())}
-
-    def update(self, batch: TensorDict) -> dict[str, float]:
-        """``epochs`` passes over the M states in minibatches of ``batch`` states, each with all its K' steps."""
-        warm = self.iteration < self.critic_warmup
-        sums, count, kl, stop = Sums(), 0, None, False
-        for _ in range(self.epochs):
-            order = torch.randperm(len(batch), device=batch.device or batch["adv"].device)
-            for index in order.chunk(max(1, round(len(order) / self.batch))):
-                metrics = self._step(taken(batch, index), warm)
-                sums.add(metrics)
-                count += 1
-                if self.target_kl is None or warm:
-                    continue
-                stop = kl is not None and float(kl) > self.target_kl  # of the minibatch before: no device is waited for
-                kl = Later(metrics["kl"])
-                if stop:
-                    break
-            if stop:
+    def update(self, batch: TensorDict) -> Metrics:
+        """Take `epochs` passes over the rows in minibatches, as long as the policy stays within `target_kl`."""
+        sums, updates, stopped, kl = MetricSums(), 0, False, 0.0
+        for rows in minibatches(batch, self.cfg.batch_size, epochs=self.cfg.epochs):
+            metrics = self.update_minibatch(rows)
+            sums.add(metrics)
+            updates += 1
+            stopped = self.cfg.target_kl is not None and kl > self.cfg.target_kl
+            if stopped:
                 break
-        return sums.means() | {"updates": count, "stopped": float(stop)}
+            kl = float(metrics.get("kl", 0.0))
+        return sums.means() | {"updates": updates, "stopped": float(stopped)}
 
-    def _step(self, rows: TensorDict, warm: bool) -> dict[str, Tensor]:
-        loss = value_loss(self.value(rows["obs"]), rows["value"], rows["target"], self.value_clip)
+    def update_minibatch(self, rows: TensorDict) -> dict[str, Tensor]:
+        """Take a gradient step of the critic and, after its warm-up, of the policy; return their metrics."""
+        cfg = self.cfg
+        loss = value_loss(self.value(rows["obs"]), rows["value"], rows["target"], cfg.value_clip)
         metrics = {"critic_loss": loss.detach()}
-        descend(self.critic_optimizer, loss, max_norm=self.max_grad_norm, batch=rows)
-        if warm:
+        gradient_step(self.critic_optimizer, loss, max_norm=cfg.max_grad_norm, batch=rows)
+        if self.iteration < cfg.critic_warmup:
             return metrics
         adv = rows["adv"]
-        if self.normalize_advantages:
+        if cfg.normalize_advantages:
             adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
-        rows["step_adv"] = adv[:, None] * self.discount  # [N, C]
-        if self.bc_weight:
-            with self.arithmetic:
-                rows["base_chain"], rows["base_mean"] = self.actor.base_chain(rows["obs"])
-        losses = self._actor_losses(rows, metrics)
-        metrics["grad_norm"] = descend(self.actor_optimizer, losses, max_norm=self.max_grad_norm, batch=rows)
+        rows["step_adv"] = adv[:, None] * self.denoising_discount  # [N, K']
+        if cfg.bc_weight:
+            with self.autocast:
+                rows["pretrained_chain"], rows["pretrained_mean"] = self.actor.pretrained_chain(rows["obs"])
+        losses = accumulate(self.actor_loss, rows, cfg.micro_batch_size, metrics)
+        metrics["grad_norm"] = gradient_step(self.actor_optimizer, losses, max_norm=cfg.max_grad_norm, batch=rows)
         return metrics
 
-    def _actor_losses(self, rows: TensorDict, metrics: dict[str, Tensor]) -> Iterator[Tensor]:
-        """Summands of the loss over ``rows``, of a micro-batch each; ``metrics`` gets the means of what they tell."""
-        for part in rows.split(self.micro_batch or len(rows)):
-            loss, told = self.actor_loss(part)
-            weight = len(part) / len(rows)
-            for key, value in told.items():
-                metrics[key] = metrics.get(key, 0) + weight * value
-            yield weight * loss
-
     def actor_loss(self, rows: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-        """PPO's loss with the regulariser's; ``rows`` as ``_step`` has made them."""
-        with self.arithmetic:
-            logp = self.actor.score(rows["obs"], rows["chain"])  # [N, C]
-        loss, metrics = policy_loss(logp, rows["logp"], rows["step_adv"], self.clip)
-        if self.bc_weight:
-            with self.arithmetic:
-                bc = self.bc_loss(rows["obs"], rows["base_chain"], rows["base_mean"])
-            loss = loss + self.bc_weight * bc
-            metrics["bc_loss"] = bc.detach()
+        """Return the PPO loss, plus the pull towards the pretrained policy, and metrics."""
+        with self.autocast:
+            log_prob = self.actor.log_prob(rows["obs"], rows["chain"])  # [N, K']
+        loss, metrics = ppo_loss(log_prob, rows["log_prob"], rows["step_adv"], self.clip)
+        if self.cfg.bc_weight:
+            with self.autocast:
+                bc = self.bc_loss(rows["obs"], rows["pretrained_chain"], rows["pretrained_mean"])
+            loss, metrics["bc_loss"] = loss + self.cfg.bc_weight * bc, bc.detach()
         return loss, metrics
 
-    def bc_loss(self, obs: Obs, chain: Tensor, base: Tensor) -> Tensor:
-        """E over chains of the base (see ``ChainActor.base_chain``) of KL(base step || tuned step), per executed number:
-        keeps what BC could do. Which way to go is settled while the chunk is noisy, so ``bc_discount`` lets the pull fade
-        towards the last steps.
+    def bc_loss(self, obs: Obs, chain: Tensor, pretrained_mean: Tensor) -> Tensor:
+        """Return the pull towards the pretrained policy; arguments as in `DenoisingChainActor.pretrained_kl`.
 
-        Up to a constant it is -log p_tuned of those chains, the published regulariser, with the noise of one of its two
-        sources taken out.
+        The mode of a chunk is decided while the chunk is noisy, so `bc_discount` lets the pull fade towards the end.
         """
-        _, tuned, std = self.actor.gaussians(obs, chain)
-        kl = 0.5 * self.actor.tuned.executed((tuned - base.flatten(0, 1)) / std).square().mean((-2, -1))  # [N*C]
-        return (kl.view(-1, len(self.bc_share)) * self.bc_share).mean()
-
-    def learned(self) -> list[Learned]:
-        return [self.actor.tuned, self.critic, self.actor_optimizer, self.critic_optimizer]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "iteration": self.iteration,
-            "critic": self.critic.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "scale": None if self.scale is None else self.scale.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.iteration = state["iteration"]
-        self.critic.load_state_dict(state["critic"])
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        if self.scale is not None:
-            self.scale.load_state_dict(state["scale"])
+        return (self.actor.pretrained_kl(obs, chain, pretrained_mean) * self.bc_discount).mean()

@@ -1,4 +1,4 @@
-"""Rewards: shapes, weights, and messages that name the term."""
+"""Reward terms: shapes, weights, and messages that name the term."""
 
 import functools
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dprl import rewards
-from dprl.errors import UserError
-from dprl.partials import plain
 from dprl.rewards import Transition
+from dprl.training.factory import unwrap_partials, weighted_sum
+from dprl.utils.errors import UserError
 
 
 def transition(steps: int = 3) -> Transition:
@@ -43,10 +43,10 @@ def no_argument() -> float:
 
 
 def test_terms_are_weighted_and_summed():
-    total = rewards.from_config(
+    total = weighted_sum(
         {
             "task": {"_target_": "dprl.rewards.task", "weight": 2.0},
-            "height": {"_target_": "test_rewards.height", "weight": 10, "scale": 0.5},
+            "height": {"_target_": "tests.test_rewards.height", "weight": 10, "scale": 0.5},
         }
     )
     assert total.names == ("task", "height")
@@ -64,23 +64,23 @@ def test_smoothness_and_clearance():
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"_target_": "test_rewards.nothing", "weight": 1}, "cannot be imported"),
+        ({"_target_": "tests.test_rewards.nothing", "weight": 1}, "cannot be imported"),
         ({"_target_": "no_such_module.f", "weight": 1}, "cannot be imported"),
-        ({"_target_": "test_rewards.height", "weight": 1}, "another signature"),
-        ({"_target_": "test_rewards.height", "weight": 1, "scael": 2}, "another signature"),
-        ({"_target_": "test_rewards.no_argument", "weight": 1}, "another signature"),
-        ({"_target_": "test_rewards.height", "scale": 1}, "reward.terms.mine is incomplete"),
+        ({"_target_": "tests.test_rewards.height", "weight": 1}, "another signature"),
+        ({"_target_": "tests.test_rewards.height", "weight": 1, "scael": 2}, "another signature"),
+        ({"_target_": "tests.test_rewards.no_argument", "weight": 1}, "another signature"),
+        ({"_target_": "tests.test_rewards.height", "scale": 1}, "reward.terms.mine is incomplete"),
     ],
 )
 def test_a_term_that_cannot_be_built_is_named(term, message):
     with pytest.raises(UserError, match=message) as caught:
-        rewards.from_config({"mine": term})
+        weighted_sum({"mine": term})
     assert "reward.terms.mine" in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "message"), [("wrong_shape", r"expected: \[3\]"), ("reads_info", "TypeError")])
 def test_a_term_that_fails_is_named(name, message):
-    total = rewards.from_config({"mine": {"_target_": f"test_rewards.{name}", "weight": 1}})
+    total = weighted_sum({"mine": {"_target_": f"tests.test_rewards.{name}", "weight": 1}})
     with pytest.raises(UserError, match=message) as caught:
         total(transition())
     assert "'mine'" in str(caught.value)
@@ -88,14 +88,14 @@ def test_a_term_that_fails_is_named(name, message):
 
 def test_no_terms():
     with pytest.raises(UserError, match="empty"):
-        rewards.from_config({})
+        weighted_sum({})
 
 
-def test_a_term_is_called_without_hydras_checks():
-    """Hydra's own partials take 0.1 ms a call, also where one is another's argument."""
-    distance = {"_target_": "dprl.envs.avoid.clearance", "_partial_": True}
+def test_terms_are_plain_partials():
+    """Hydra's partials take 0.1 ms per call, also as arguments of others."""
+    distance = {"_target_": "dprl.envs.tasks.avoid.clearance", "_partial_": True}
     term = {"_target_": "dprl.rewards.clearance", "weight": 1.0, "columns": [0, 1], "margin": 0.1, "distance": distance}
-    (function,) = rewards.from_config({"near": term}).functions
+    (function,) = weighted_sum({"near": term}).functions
     assert type(function) is type(function.keywords["distance"]) is functools.partial
     assert function.func is rewards.clearance and function.keywords["margin"] == 0.1
-    assert plain(3) == 3
+    assert unwrap_partials(3) == 3

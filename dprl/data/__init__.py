@@ -1,1 +1,1 @@
-"""Demonstrations and logged data: readers that return ``Episodes``, and windows of chunks over them."""
+"""Demonstrations and logged data: readers that return `Episodes`, and datasets over them."""

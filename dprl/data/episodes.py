@@ -1,6 +1,6 @@
-"""Logged episodes, whatever file they came from.
+"""Logged episodes, independent of the file format that they were read from.
 
-Letters: M steps in all, E episodes, O observation dim, A action dim.
+Shapes: M steps of all episodes, E episodes, O observation dim, A action dim.
 """
 
 from dataclasses import dataclass
@@ -9,25 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dprl.errors import found
-from dprl.normalize import Obs
+from dprl.networks.normalizer import Obs
+from dprl.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """Steps of all episodes, one episode after another. A dictionary observation is a TensorDict [M] of vectors, and of
-    images as uint8 [M, C, H, W].
+    """Steps of all episodes, concatenated along the first axis.
 
-    ``ends`` [E] is where each stops (exclusive). ``terminated`` [E] tells an end of the task from an end of the time or
-    of the recording. ``last_obs`` [E, O] is the observation after the last action, where the source has it.
+    Args:
+        obs: Observations [M, O], or a TensorDict [M] of vectors and of uint8 images [M, C, H, W].
+        act: Actions [M, A], in environment units.
+        rew: Rewards [M], or None if the source has none.
+        ends: Index after the last step of each episode [E].
+        terminated: True where the task ended the episode [E]; false where a time limit or the end of the recording did.
+        last_obs: Observation after the last action of each episode [E, O], or None if the source does not have it.
+        source: Name of the file or dataset, used in error messages.
     """
 
-    obs: Obs  # [M, O]
-    act: Tensor  # [M, A]
-    rew: Tensor | None  # [M]
-    ends: Tensor  # [E]
-    terminated: Tensor  # [E] bool
-    last_obs: Obs | None  # [E, O]
+    obs: Obs
+    act: Tensor
+    rew: Tensor | None
+    ends: Tensor
+    terminated: Tensor
+    last_obs: Obs | None
     source: str
 
     def __len__(self) -> int:
@@ -35,32 +40,51 @@ class Episodes:
 
     @property
     def obs_shape(self) -> Any:
-        """Sizes of an observation: a list, or a mapping from key to one."""
+        """Shape of one observation: a list, or a mapping from key to list."""
         if isinstance(self.obs, Tensor):
             return list(self.obs.shape[1:])
         return {key: list(value.shape[1:]) for key, value in self.obs.items()}
 
     @property
     def starts(self) -> Tensor:
-        """Where each episode begins [E]."""
+        """Index of the first step of each episode [E]."""
         return torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
 
     @property
     def lengths(self) -> Tensor:
-        """Steps of each episode [E]."""
+        """Number of steps of each episode [E]."""
         return self.ends - self.starts
 
     @property
     def returns(self) -> Tensor:
-        """Undiscounted return of each episode [E]."""
+        """Undiscounted return of each episode [E].
+
+        Raises:
+            UserError: If there are no rewards.
+        """
         if self.rew is None:
-            raise found(f"{self.source} has no rewards", "rewards, to sum to returns", "none", "data with rewards")
+            raise UserError(
+                f"{self.source} has no rewards",
+                expected="rewards, to sum to returns",
+                got="none",
+                fix="data with rewards",
+            )
         total = torch.cat([self.rew.new_zeros(1, dtype=torch.float64), self.rew.double().cumsum(0)])
         return (total[self.ends] - total[self.starts]).float()
 
     def select(self, episodes: Tensor) -> "Episodes":
-        """The episodes of these indices."""
-        spans = [torch.arange(int(a), int(b)) for a, b in zip(self.starts[episodes], self.ends[episodes], strict=True)]
+        """Return a copy of some episodes.
+
+        Args:
+            episodes: Indices of episodes [E'].
+
+        Returns:
+            The selected episodes, in the order of `episodes`.
+        """
+        spans = [
+            torch.arange(int(start), int(end))
+            for start, end in zip(self.starts[episodes], self.ends[episodes], strict=True)
+        ]
         steps = torch.cat(spans)
         return Episodes(
             obs=self.obs[steps],
@@ -73,49 +97,109 @@ class Episodes:
         )
 
     def split(self, fraction: float, seed: int) -> tuple["Episodes", "Episodes | None"]:
-        """Episodes to train on and, of ``fraction`` of them, to validate on; at least one stays to train on."""
+        """Split into training and validation episodes. Episodes stay whole.
+
+        Args:
+            fraction: Share of the episodes to validate on; at least one episode remains to train on.
+            seed: Seed of the random assignment.
+
+        Returns:
+            The training episodes, and the validation episodes or None if there are none.
+
+        Raises:
+            UserError: If `fraction` is not in [0, 1).
+        """
         if not 0 <= fraction < 1:
-            raise found("the validation split is no fraction", "0 <= train.validation < 1", fraction, "train.validation=0.1")
-        held = min(round(fraction * len(self)), len(self) - 1)
-        if held == 0:
+            raise UserError(
+                "train.validation is out of range",
+                expected="0 <= train.validation < 1",
+                got=fraction,
+                fix="train.validation=0.1",
+            )
+        count = min(round(fraction * len(self)), len(self) - 1)
+        if count == 0:
             return self, None
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        kept = self.select(order[held:].sort().values)
-        return kept, self.select(order[:held].sort().values)
+        train = self.select(order[count:].sort().values)
+        validation = self.select(order[:count].sort().values)
+        return train, validation
 
 
 def keyed(obs: Obs, name: str) -> dict[str, Tensor]:
-    """A dictionary observation's tensors by key; a plain one as ``name``."""
+    """Return the tensors of an observation by key.
+
+    Args:
+        obs: A tensor, or a TensorDict.
+        name: The key to use for a plain tensor.
+
+    Returns:
+        A mapping from key to tensor.
+    """
     return {name: obs} if isinstance(obs, Tensor) else dict(obs.items())  # type: ignore[return-value]
 
 
 def check(episodes: Episodes) -> Episodes:
-    """Returns ``episodes``, or raises a ``UserError`` that names the array that no learner could use."""
-    where = episodes.source
+    """Check that episodes are usable for training.
+
+    Args:
+        episodes: The episodes as read from a file.
+
+    Returns:
+        `episodes`, unchanged.
+
+    Raises:
+        UserError: If there are no steps, an episode is empty, or an array has the wrong length or non-finite values.
+    """
+    source = episodes.source
     if len(episodes) == 0 or len(episodes.act) == 0:
-        raise found(f"{where} holds no data", "at least one episode of one step", "none", "write or name another file")
-    if bool((episodes.lengths < 1).any()):
-        episode = int((episodes.lengths < 1).nonzero()[0])
-        raise found(f"{where}: episode {episode} has no steps", "at least one", "none", "drop or repair that episode")
-    observed = keyed(episodes.obs, "observations")
-    for name, value in (observed | {"actions": episodes.act, "rewards": episodes.rew}).items():
-        if value is None:
-            continue
-        if len(value) != len(episodes.act):
-            raise found(f"{where}: '{name}' has another length", f"{len(episodes.act)} steps, as actions", len(value), "repair the file")
-        if not value.is_floating_point():
-            continue
-        bad = ~torch.isfinite(value)
-        if bool(bad.any()):
-            step = int(bad.flatten(1).any(1).nonzero()[0] if value.dim() > 1 else bad.nonzero()[0])
-            episode = int((episodes.ends <= step).sum())
-            raise found(
-                f"{where}: '{name}' has {int(bad.sum())} values that are not finite",
-                "numbers",
-                f"NaN or inf, first at step {step} (episode {episode})",
-                "drop or repair those episodes",
-            )
+        raise UserError(
+            f"{source} holds no data",
+            expected="at least one episode of one step",
+            got="none",
+            fix="create the file again, or use another one",
+        )
+    empty = (episodes.lengths < 1).nonzero()
+    if len(empty):
+        raise UserError(
+            f"{source}: episode {int(empty[0])} has no steps",
+            expected="at least one",
+            got="none",
+            fix="drop or repair that episode",
+        )
+    arrays = keyed(episodes.obs, "observations") | {"actions": episodes.act, "rewards": episodes.rew}
+    for name, value in arrays.items():
+        if value is not None:
+            _check_array(episodes, name, value)
     last = {} if episodes.last_obs is None else keyed(episodes.last_obs, "observations")
     if any(value.is_floating_point() and not bool(torch.isfinite(value).all()) for value in last.values()):
-        raise found(f"{where}: an episode's last observation is not finite", "numbers", "NaN or inf", "drop or repair it")
+        raise UserError(
+            f"{source}: the last observation of an episode is not finite",
+            expected="finite numbers",
+            got="NaN or inf",
+            fix="drop or repair that episode",
+        )
     return episodes
+
+
+def _check_array(episodes: Episodes, name: str, value: Tensor) -> None:
+    """Raise a `UserError` unless `value` has one finite entry per step."""
+    if len(value) != len(episodes.act):
+        raise UserError(
+            f"{episodes.source}: '{name}' has another length",
+            expected=f"{len(episodes.act)} steps, like the actions",
+            got=len(value),
+            fix="repair the file",
+        )
+    if not value.is_floating_point():
+        return
+    bad = ~torch.isfinite(value)
+    if not bool(bad.any()):
+        return
+    step = int(bad.flatten(1).any(1).nonzero()[0] if value.dim() > 1 else bad.nonzero()[0])
+    episode = int((episodes.ends <= step).sum())
+    raise UserError(
+        f"{episodes.source}: '{name}' has {int(bad.sum())} values that are not finite",
+        expected="finite numbers",
+        got=f"NaN or inf, first at step {step} (episode {episode})",
+        fix="drop or repair those episodes",
+    )

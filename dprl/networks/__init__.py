@@ -1,1 +1,1 @@
-"""Denoisers, critics and the pieces they share."""
+"""Neural networks: denoisers, critics and the modules they share."""

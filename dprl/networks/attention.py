@@ -1,41 +1,71 @@
 """Attention among the steps of a chunk.
 
-Letters: N batch, T tokens, W width.
+Shapes: N batch, T tokens, W hidden dim.
 """
+
+from math import gcd
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from dprl.errors import found
-from dprl.networks.kept import Linear
+from dprl.networks.weight_cache import PackedLinear
+from dprl.utils.errors import UserError
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, *, causal: bool = False, dropout: float) -> Tensor:
-    """Attention of ``q`` [N, heads, T, W/heads] to ``k`` and ``v``, who sees which in ``seen``, with the heads joined: [N, T, W].
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, dropout: float
+) -> Tensor:
+    """Compute multi-head attention and join the heads.
 
-    On a CPU always in float32: there the fused kernel is far slower in bfloat16.
+    On a CPU it always computes in float32, where the fused kernel is far faster than in bfloat16.
+
+    Args:
+        q: Queries [N, heads, T, W/heads].
+        k: Keys [N, heads, S, W/heads].
+        v: Values, of the shape of the keys.
+        mask: [T, S], true where a query attends to a key. None: everywhere.
+        causal: Each token attends to itself and those before it.
+        dropout: Probability of dropping an attention weight.
+
+    Returns:
+        The attended values [N, T, W].
     """
-    if q.device.type == "cpu":
+    device = q.device.type
+    if device == "cpu":
         q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast(q.device.type, enabled=q.device.type != "cpu" and torch.is_autocast_enabled(q.device.type)):
-        return scaled_dot_product_attention(q, k, v, seen, is_causal=causal, dropout_p=dropout).transpose(1, 2).flatten(2)
+    with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
+        out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of tokens to each other, or, if ``causal``, to none after themselves: [N, T, W] -> [N, T, W].
+    """Multi-head self-attention, [N, T, W] -> [N, T, W].
 
-    ``dropout`` of the attention's weights, in training alone.
+    Args:
+        hidden_dim: W.
+        num_heads: Number of heads, a divisor of `hidden_dim`.
+        causal: Tokens do not attend to later ones.
+        dropout: Dropout of the attention weights, in training only.
+
+    Raises:
+        UserError: If the heads do not divide the hidden dim.
     """
 
-    def __init__(self, width: int, heads: int, *, causal: bool, dropout: float):
+    def __init__(self, hidden_dim: int, num_heads: int, *, causal: bool, dropout: float):
         super().__init__()
-        if width % heads:
-            raise found("the transformer's heads do not divide its width", f"a divisor of {width}", heads, "heads=4, or another width")
-        self.heads, self.causal, self.dropout = heads, causal, dropout
-        self.inputs, self.out = Linear(width, 3 * width), Linear(width, width)
+        if hidden_dim % num_heads:
+            raise UserError(
+                "policy.denoiser.num_heads does not divide hidden_dim",
+                expected=f"a divisor of {hidden_dim}",
+                got=num_heads,
+                fix=f"policy.denoiser.num_heads={gcd(hidden_dim, num_heads)}",
+            )
+        self.heads, self.causal, self.dropout = num_heads, causal, dropout
+        self.inputs, self.out = PackedLinear(hidden_dim, 3 * hidden_dim), PackedLinear(hidden_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.inputs(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, heads, T, W/heads]
+        """Attend among the tokens `x` [N, T, W]."""
+        q, k, v = self.inputs(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [N, heads, T, W/heads]
         dropout = self.dropout if self.training else 0.0
         return self.out(attend(q, k, v, causal=self.causal, dropout=dropout))

@@ -1,85 +1,115 @@
-"""A diffusion transformer (Peebles & Xie, 2023) over action chunks.
+"""Diffusion transformer (Peebles and Xie, 2023) over action chunks.
 
-Letters: N batch, H horizon, A action dim, To observed steps, O observation dim, K noise levels, W width, B layers,
-F numbers that condition the whole net, 6 B W + 2 W.
+Shapes: N batch, H horizon, A action dim, To observed steps, O observation dim, W hidden dim, B layers,
+F conditioning values of the whole network, 6 B W + 2 W.
 """
 
 from torch import Tensor, nn
 
 from dprl.networks.attention import SelfAttention
-from dprl.networks.inputs import Observed, sinusoid, vector
-from dprl.networks.kept import Linear, by_level
+from dprl.networks.embeddings import ObsLinear, sinusoid, vector_size
+from dprl.networks.weight_cache import PackedLinear, timestep_embedding
 
 
-def bare_norm(width: int) -> nn.LayerNorm:
-    """Without a scale and shift of its own: the condition gives them."""
-    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+def _unscaled_norm(hidden_dim: int) -> nn.LayerNorm:
+    """Build a LayerNorm without parameters; scale and shift come from the condition."""
+    return nn.LayerNorm(hidden_dim, elementwise_affine=False, eps=1e-6)
 
 
-class Layer(nn.Module):
-    """``x + gate part(scale norm(x) + shift)`` for each of two parts: attention among actions, and an MLP on each action."""
+class DiTBlock(nn.Module):
+    """Transformer layer with adaLN conditioning.
 
-    def __init__(self, width: int, heads: int):
+    Self-attention, then an MLP, each as `x + gate * part(scale * norm(x) + shift)`.
+
+    Args:
+        hidden_dim: W.
+        num_heads: Number of attention heads.
+    """
+
+    def __init__(self, hidden_dim: int, num_heads: int):
         super().__init__()
-        self.norm = bare_norm(width)
-        self.among = SelfAttention(width, heads, causal=False, dropout=0.0)
-        self.each = nn.Sequential(Linear(width, 4 * width), nn.GELU(approximate="tanh"), Linear(4 * width, width))
+        self.norm = _unscaled_norm(hidden_dim)
+        self.self_attn = SelfAttention(hidden_dim, num_heads, causal=False, dropout=0.0)
+        self.mlp = nn.Sequential(
+            PackedLinear(hidden_dim, 4 * hidden_dim),
+            nn.GELU(approximate="tanh"),
+            PackedLinear(4 * hidden_dim, hidden_dim),
+        )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """``x`` [N, H, W], ``condition`` [N, 6 W]."""
-        shift, scale, gate, shift_each, scale_each, gate_each = condition[:, None].chunk(6, -1)  # [N, 1, W]
-        x = x + gate * self.among(self.norm(x) * (1 + scale) + shift)
-        return x + gate_each * self.each(self.norm(x) * (1 + scale_each) + shift_each)
+        """Apply the layer to `x` [N, H, W] with `condition` [N, 6 W]."""
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = condition[:, None].chunk(6, -1)  # [N, 1, W]
+        x = x + attn_gate * self.self_attn(self.norm(x) * (1 + attn_scale) + attn_shift)
+        return x + mlp_gate * self.mlp(self.norm(x) * (1 + mlp_scale) + mlp_shift)
 
 
 class DiTDenoiser(nn.Module):
-    """A token an action, each attends to all; level and observation enter by adaLN-Zero: shift, scale and gate of every part.
+    """Diffusion transformer with a token per action, conditioned by adaLN-Zero.
 
-    All of them begin as zero, and so does the last layer: a layer begins as the identity, the net as zero.
+    Every action attends to all. Timestep and observation set scale, shift and gate of each part of each layer; all of
+    these and the output layer are initialised to zero, so that a layer starts as the identity and the network as zero.
 
-    Differs from the paper to be able to compute the observation's part once a chunk: the condition is
-    ``W_level silu(level) + W_obs silu(observation) + b``, and not ``W silu(level + observation) + b``.
+    It differs from the paper so that the observation's part is computed once per chunk: the condition is
+    `W_t silu(t) + W_obs silu(obs) + b` in place of `W silu(t + obs) + b`.
+
+    Args:
+        hidden_dim: W.
+        num_layers: B.
+        num_heads: Number of attention heads, a divisor of `hidden_dim`.
+        time_embed_dim: Size of the sinusoidal timestep embedding.
+        obs_shape: Shape of an observation, [O].
+        obs_steps: To.
+        act_dim: A.
+        horizon: H.
+        num_train_timesteps: Number of timesteps.
     """
 
     table: Tensor
-    places: Tensor
+    pos_emb: Tensor
 
     def __init__(
         self,
         *,
-        width: int,
-        layers: int,
-        heads: int,
-        time_size: int,
+        hidden_dim: int,
+        num_layers: int,
+        num_heads: int,
+        time_embed_dim: int,
         obs_shape: list[int],
         obs_steps: int,
         act_dim: int,
         horizon: int,
-        levels: int,
+        num_train_timesteps: int,
     ):
         super().__init__()
-        self.register_buffer("table", sinusoid(levels, time_size), persistent=False)
-        self.register_buffer("places", sinusoid(horizon, width), persistent=False)
-        self.sizes = [*[6 * width] * layers, 2 * width]  # of the condition: each layer's, and the last norm's
+        self.register_buffer("table", sinusoid(num_train_timesteps, time_embed_dim), persistent=False)
+        self.register_buffer("pos_emb", sinusoid(horizon, hidden_dim), persistent=False)
+        self.sizes = [*[6 * hidden_dim] * num_layers, 2 * hidden_dim]  # of each layer's condition and the last norm's
 
-        def embedded(first: type[nn.Linear], size: int, bias: bool) -> nn.Sequential:
-            parts = [first(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sum(self.sizes), bias=bias)]
-            return nn.Sequential(*parts)
+        def embedding(linear: type[nn.Linear], size: int, bias: bool) -> nn.Sequential:
+            return nn.Sequential(
+                linear(size, hidden_dim),
+                nn.SiLU(),
+                nn.Linear(hidden_dim, hidden_dim),
+                nn.SiLU(),
+                nn.Linear(hidden_dim, sum(self.sizes), bias=bias),
+            )
 
-        self.level = embedded(nn.Linear, time_size, bias=False)
-        self.obs = embedded(Observed, obs_steps * vector(obs_shape, self), bias=True)
-        self.chunk = nn.Linear(act_dim, width)
-        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm, self.out = bare_norm(width), nn.Linear(width, act_dim)
-        for zero in (self.level[-1].weight, self.obs[-1].weight, self.obs[-1].bias, self.out.weight, self.out.bias):
+        self.time = embedding(nn.Linear, time_embed_dim, bias=False)
+        self.obs = embedding(ObsLinear, obs_steps * vector_size(obs_shape, self), bias=True)
+        self.chunk = nn.Linear(act_dim, hidden_dim)
+        self.layers = nn.ModuleList(DiTBlock(hidden_dim, num_heads) for _ in range(num_layers))
+        self.norm, self.out = _unscaled_norm(hidden_dim), nn.Linear(hidden_dim, act_dim)
+        for zero in (self.time[-1].weight, self.obs[-1].weight, self.obs[-1].bias, self.out.weight, self.out.bias):
             nn.init.zeros_(zero)  # type: ignore[arg-type]
 
     def encode(self, obs: Tensor) -> Tensor:
-        return self.obs(obs.flatten(1))  # [N, To, O] -> [N, F]
+        """Return the observation's part of the condition, [N, To, O] -> [N, F]."""
+        return self.obs(obs.flatten(1))
 
-    def forward(self, x: Tensor, k: Tensor | int, cond: Tensor) -> Tensor:
-        *conditions, last = (cond + by_level(self.level, self.table, k)).split(self.sizes, -1)
-        h = self.chunk(x) + self.places  # [N, H, W]
+    def forward(self, x: Tensor, t: Tensor | int, cond: Tensor) -> Tensor:
+        """Predict the target for `x` [N, H, A] at timestep `t`; see `Denoiser`."""
+        *conditions, last = (cond + timestep_embedding(self.time, self.table, t)).split(self.sizes, -1)
+        h = self.chunk(x) + self.pos_emb  # [N, H, W]
         for layer, condition in zip(self.layers, conditions, strict=True):
             h = layer(h, condition)
         shift, scale = last[:, None].chunk(2, -1)  # [N, 1, W]

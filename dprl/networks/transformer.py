@@ -1,100 +1,142 @@
-"""The time-series diffusion transformer of Diffusion Policy (Chi et al., 2023, section 3.1).
+"""Time-series diffusion transformer of Diffusion Policy (Chi et al., 2023, section 3.1).
 
-Letters: N batch, H horizon, A action dim, To observed steps, O observation dim, K noise levels, W width, B layers.
+Shapes: N batch, H horizon, A action dim, To observed steps, O observation dim, W hidden dim, B layers.
 """
 
 import torch
 from torch import Tensor, nn
 
 from dprl.networks.attention import SelfAttention, attend
-from dprl.networks.inputs import Observed, sinusoid, vector
-from dprl.networks.kept import Linear, by_level
+from dprl.networks.embeddings import ObsLinear, sinusoid, vector_size
+from dprl.networks.weight_cache import PackedLinear, timestep_embedding
 
-SPREAD = 0.02  # standard deviation of weights and positions before training
+INIT_STD = 0.02  # of weights and position embeddings
 
 
-class Layer(nn.Module):
-    """Pre-norm: attention among actions, attention of actions to the memory, and a step of its own for each action."""
+class TransformerBlock(nn.Module):
+    """Pre-norm decoder layer: causal self-attention, cross-attention to the memory, and an MLP.
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    Args:
+        hidden_dim: W.
+        num_heads: Number of attention heads.
+        dropout: Dropout of attention weights and of the output of each part.
+    """
+
+    def __init__(self, hidden_dim: int, num_heads: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.heads, self.dropout = num_heads, dropout
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(3))
         self.drop = nn.Dropout(dropout)
-        self.among = SelfAttention(width, heads, causal=True, dropout=dropout)
-        self.query, self.answer = Linear(width, width), Linear(width, width)
-        self.each = nn.Sequential(Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), Linear(4 * width, width))
+        self.self_attn = SelfAttention(hidden_dim, num_heads, causal=True, dropout=dropout)
+        self.query, self.out_proj = PackedLinear(hidden_dim, hidden_dim), PackedLinear(hidden_dim, hidden_dim)
+        self.mlp = nn.Sequential(
+            PackedLinear(hidden_dim, 4 * hidden_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            PackedLinear(4 * hidden_dim, hidden_dim),
+        )
 
-    def remember(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    def cross_attn(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Attend from `x` [N, H, W] to the memory; arguments as in `forward`."""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, heads, H, W/heads]
         dropout = self.dropout if self.training else 0.0
-        return self.answer(attend(q, keys, values, seen, dropout=dropout))
+        return self.out_proj(attend(q, keys, values, mask, dropout=dropout))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """``x`` [N, H, W], the memory's ``keys`` and ``values`` [N, heads, 1+To, W/heads], who sees which [H, 1+To]."""
-        x = x + self.drop(self.among(self.norms[0](x)))
-        x = x + self.drop(self.remember(self.norms[1](x), keys, values, seen))
-        return x + self.drop(self.each(self.norms[2](x)))
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: Tokens [N, H, W].
+            keys: Keys of the memory [N, heads, 1+To, W/heads].
+            values: Values of the memory, of the same shape.
+            mask: [H, 1+To], true where a token attends to a memory token.
+
+        Returns:
+            Tokens [N, H, W].
+        """
+        x = x + self.drop(self.self_attn(self.norms[0](x)))
+        x = x + self.drop(self.cross_attn(self.norms[1](x), keys, values, mask))
+        return x + self.drop(self.mlp(self.norms[2](x)))
 
 
 class TransformerDenoiser(nn.Module):
-    """A token an action. It attends to itself and the actions before it, and to a memory of the level and the observed steps,
-    of which the first action sees the first, the second two, and so on.
+    """Causal transformer with a token per action and a memory of the timestep and the observed steps.
 
-    A memory token goes through an MLP of its own, so keys and values of the observed steps, for all layers, are computed by
-    ``encode``, and those of the level are a table of the K levels.
+    An action attends to itself and earlier actions, to the timestep, and to the observed steps up to its own: the first
+    action to the first observed step, the second to two, and so on.
 
-    ``dropout`` of attention weights and of what each part of a layer adds; ``token_dropout`` of tokens as they enter. Neither
-    is active in eval mode.
+    Memory tokens pass through an MLP each, without attention among them. So `encode` computes the keys and values of
+    the observed steps for all layers, and those of the timesteps are a table.
+
+    Args:
+        hidden_dim: W.
+        num_layers: B.
+        num_heads: Number of attention heads, a divisor of `hidden_dim`.
+        dropout: Dropout of attention weights and of the output of each part of a layer, in training only.
+        token_dropout: Dropout of the tokens at the input, in training only.
+        obs_shape: Shape of an observation, [O].
+        obs_steps: To.
+        act_dim: A.
+        horizon: H.
+        num_train_timesteps: Number of timesteps.
     """
 
     table: Tensor
-    seen: Tensor
+    memory_mask: Tensor
 
     def __init__(
         self,
         *,
-        width: int,
-        layers: int,
-        heads: int,
+        hidden_dim: int,
+        num_layers: int,
+        num_heads: int,
         dropout: float,
         token_dropout: float,
         obs_shape: list[int],
         obs_steps: int,
         act_dim: int,
         horizon: int,
-        levels: int,
+        num_train_timesteps: int,
     ):
         super().__init__()
-        self.register_buffer("table", sinusoid(levels, width), persistent=False)
-        past = torch.arange(horizon)[:, None] >= torch.arange(obs_steps)  # both begin with the first observed step
-        self.register_buffer("seen", nn.functional.pad(past, (1, 0), value=True), persistent=False)  # [H, 1+To] the level by all
-        self.chunk, self.obs = nn.Linear(act_dim, width), Observed(vector(obs_shape, self), width)
-        self.places = nn.Parameter(torch.zeros(horizon, width))
-        self.memory_places = nn.Parameter(torch.zeros(1 + obs_steps, width))
+        self.register_buffer("table", sinusoid(num_train_timesteps, hidden_dim), persistent=False)
+        obs_mask = torch.arange(horizon)[:, None] >= torch.arange(obs_steps)  # both start with the first observed step
+        memory_mask = nn.functional.pad(obs_mask, (1, 0), value=True)  # [H, 1+To]; all attend to the timestep
+        self.register_buffer("memory_mask", memory_mask, persistent=False)
+        self.chunk, self.obs = nn.Linear(act_dim, hidden_dim), ObsLinear(vector_size(obs_shape, self), hidden_dim)
+        self.pos_emb = nn.Parameter(torch.zeros(horizon, hidden_dim))
+        self.memory_pos_emb = nn.Parameter(torch.zeros(1 + obs_steps, hidden_dim))
         self.drop = nn.Dropout(token_dropout)
-        self.memory = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
-        self.keys_values = nn.Linear(width, layers * 2 * width)
-        self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, act_dim))
+        self.memory = nn.Sequential(
+            nn.Linear(hidden_dim, 4 * hidden_dim), nn.Mish(), nn.Linear(4 * hidden_dim, hidden_dim)
+        )
+        self.keys_values = nn.Linear(hidden_dim, num_layers * 2 * hidden_dim)
+        self.layers = nn.ModuleList(TransformerBlock(hidden_dim, num_heads, dropout) for _ in range(num_layers))
+        self.out = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, act_dim))
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=SPREAD)
+                nn.init.normal_(parameter, std=INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def remembered(self, tokens: Tensor) -> Tensor:
-        """Keys and values of all layers for memory ``tokens``: [..., W] -> [..., 2 B W]."""
+    def memory_keys_values(self, tokens: Tensor) -> Tensor:
+        """Return keys and values of all layers for memory `tokens`, [..., W] -> [..., 2 B W]."""
         return self.keys_values(self.memory(self.drop(tokens)))
 
     def encode(self, obs: Tensor) -> Tensor:
-        return self.remembered(self.obs(obs) + self.memory_places[1:])  # [N, To, O] -> [N, To, 2 B W]
+        """Return keys and values of the observed steps, [N, To, O] -> [N, To, 2 B W]."""
+        return self.memory_keys_values(self.obs(obs) + self.memory_pos_emb[1:])
 
-    def forward(self, x: Tensor, k: Tensor | int, cond: Tensor) -> Tensor:
-        level = by_level(lambda rows: self.remembered(rows + self.memory_places[0]), self.table, k)  # [2 B W] or [N, 2 B W]
-        memory = torch.cat([level.expand(len(x), -1)[:, None], cond], 1)  # [N, 1+To, 2 B W]
+    def _encode_time(self, embedding: Tensor) -> Tensor:
+        """Return keys and values of timesteps, [..., W] -> [..., 2 B W]."""
+        return self.memory_keys_values(embedding + self.memory_pos_emb[0])
+
+    def forward(self, x: Tensor, t: Tensor | int, cond: Tensor) -> Tensor:
+        """Predict the target for `x` [N, H, A] at timestep `t`; see `Denoiser`."""
+        time = timestep_embedding(self._encode_time, self.table, t)  # [2 B W] or [N, 2 B W]
+        memory = torch.cat([time.expand(len(x), -1)[:, None], cond], 1)  # [N, 1+To, 2 B W]
         split = memory.unflatten(-1, (len(self.layers), 2, self.layers[0].heads, -1))  # type: ignore[arg-type]
-        h = self.drop(self.chunk(x) + self.places)  # [N, H, W]
+        h = self.drop(self.chunk(x) + self.pos_emb)  # [N, H, W]
         for layer, (keys, values) in zip(self.layers, split.permute(2, 3, 0, 4, 1, 5), strict=True):
-            h = layer(h, keys, values, self.seen)
+            h = layer(h, keys, values, self.memory_mask)
         return self.out(h)  # [N, H, A]

@@ -1,0 +1,1 @@
+"""Textbook implementation of the benchmarked work: plain PyTorch and diffusers, without anything of dprl."""

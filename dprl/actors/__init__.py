@@ -1,0 +1,1 @@
+"""Policies wrapped to act: fine-tuned denoising steps, selection by a critic, guidance."""

@@ -1,0 +1,1 @@
+"""The command `dprl` and its subcommands."""

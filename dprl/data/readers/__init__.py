@@ -1,0 +1,1 @@
+"""Readers of dataset files: each `load` function returns validated `Episodes`."""

@@ -1,0 +1,1 @@
+"""Policies over action chunks, trained by behaviour cloning."""

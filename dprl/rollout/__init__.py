@@ -1,0 +1,1 @@
+"""Collection of rollouts, and evaluation."""

@@ -1,0 +1,1 @@
+"""Runs: the trainer, the factory from configs to objects, checkpoints, logging, reports."""

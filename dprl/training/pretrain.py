@@ -1,0 +1,104 @@
+"""`pretrain.py`: clones demonstrations into a policy."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dprl.data.episodes import Episodes
+from dprl.data.relabel import check_actions, check_sizes
+from dprl.learning.algorithm import Algorithm
+from dprl.policies.base import ChunkPolicy
+from dprl.rollout.evaluation import evaluate, final_seeds
+from dprl.training import factory, report, run
+from dprl.training.logging import MetricsLogger, history
+from dprl.training.trainer import Trainer
+from dprl.utils import signals
+from dprl.utils.device import compile_denoiser
+from dprl.utils.files import write_json
+from dprl.utils.timer import make_timer
+
+
+def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
+    """Read the data, train a policy, evaluate it and save it.
+
+    Args:
+        cfg: The composed `configs/pretrain.yaml`.
+        overrides: The settings on the command line.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: If a setting is out of range, or the data do not fit the task.
+    """
+    run_dir = run.prepare_run(cfg, overrides)
+    cfg, folder = run_dir.cfg, run_dir.folder
+    run.check_guards(cfg)
+    counts = dict(evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1, evaluation__seed=0)
+    run.check_counts(cfg, **counts)
+    device = run.start_process(cfg)
+    timer = make_timer(cfg.profile, device)
+
+    episodes: Episodes = factory.construct(cfg.data, "data")
+    node = policy_node(cfg, episodes)
+    train, held_out = episodes.split(cfg.train.validation, cfg.seed)
+    del episodes  # the split is a copy, and image data are large
+    policy: ChunkPolicy = factory.construct(node, "policy").to(device)
+    if cfg.compile:
+        compile_denoiser(policy)
+    envs, modes = factory.environments(cfg, policy, num_envs=cfg.evaluation.num_envs), factory.modes(cfg)
+    for part in (train, *([held_out] if held_out else [])):
+        check_sizes(envs, part)
+        check_actions(envs, part)
+    data = dict(episodes=train, held_out=held_out)
+    algo: Algorithm = factory.construct(cfg.train, "train", policy=policy, **data, seed=cfg.seed, timer=timer)
+    logger = factory.logger(cfg)
+
+    run_dir.create()
+    sizes: dict[str, Any] = dict(prefix="evaluation", total=cfg.train.steps)
+    trainer = Trainer(cfg, folder, algo, node=node, envs=envs, collector=None, timer=timer, **sizes)
+    step, seconds = trainer.start()
+    metrics = MetricsLogger(
+        folder,
+        logger(run=folder, config=run.plain(cfg), step=step),
+        total=trainer.total,
+        unit="step",
+        shown=("loss", "validation/loss", *(f"evaluation/{key}" for key in ("success", "return", *envs.metrics))),
+        step=step,
+        done=trainer.done,
+        seconds=seconds,
+    )
+    parameters = sum(p.numel() for p in policy.parameters())
+    print(f"{len(train)} episodes, {len(train.act)} steps from {train.source}; {parameters:,} parameters, {device}")
+    try:
+        with signals.deferred():
+            trainer.run(metrics)
+        seconds = metrics.seconds
+    finally:
+        metrics.close()
+
+    with timer("evaluation"):
+        final = evaluate(algo.actor, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
+    envs.close()
+    result = {
+        **run.identity(cfg),
+        "env_steps": 0,
+        "gradient_steps": cfg.train.steps,
+        "train_seconds": seconds,
+        "bc": final.summary(modes),
+        "curve": history(folder, "evaluation/"),
+    }
+    if parts := timer.report():
+        result["profile"] = parts
+        print(report.profile_table(parts))
+    write_json(folder / "result.json", result)
+    print(f"{folder}: {final.describe()} after {cfg.train.steps} steps in {seconds / 60:.1f} min")
+    return folder
+
+
+def policy_node(cfg: DictConfig, episodes: Episodes) -> dict[str, Any]:
+    """Return the config node of the policy, with the sizes of the data."""
+    sizes = {"obs_shape": episodes.obs_shape, "act_dim": episodes.act.shape[-1]}
+    node: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"policy": sizes}).policy, resolve=True)
+    return node

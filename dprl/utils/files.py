@@ -1,0 +1,151 @@
+"""Atomic writes, removal of folders, and reading of JSON."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dprl.utils.errors import UserError
+
+LARGEST_JSON = 2**27  # bytes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a disk or quota that is full
+RESTORE = "restore the file from its source"
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and move it to `path` if the block succeeds.
+
+    The block writes a file or a folder there. A file replaces an existing `path`; a folder does not.
+
+    Args:
+        path: The final path. Its parent folders are created.
+
+    Raises:
+        FileExistsError: If a folder was written and `path` exists.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    _remove(temporary)
+    try:
+        with naming(path):
+            yield temporary
+            for part in (*temporary.rglob("*"), temporary):
+                to_disk(part)
+            if temporary.is_dir() and path.exists():
+                raise FileExistsError(f"{path} exists")
+            temporary.replace(path)
+            to_disk(path.parent)
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Set `path` as the file name of an `OSError` that has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def to_disk(path: Path) -> None:
+    """Flush a file to the disk, or the entries of a folder where the system supports it."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):
+            _sync(path)
+    else:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the temporary folders that an interrupted write or removal left in `folder`."""
+    for path in (*folder.glob(".*.partial"), *folder.glob(".*.removed")):
+        _remove(path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder. It is renamed first, so that it never looks complete with files missing."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    _remove(removed)
+    if folder.exists():
+        folder.rename(removed)
+        _remove(removed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as JSON, atomically. NaN and infinities are written as null, since JSON has none."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None  # the comparison is false for NaN too
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return value
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: If the file is missing, too large, or not valid JSON.
+    """
+    try:
+        size = Path(path).stat().st_size
+        if size > LARGEST_JSON:
+            raise ValueError(f"{size} bytes")
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, too many digits
+        raise UserError(f"{path} cannot be read", expected="a JSON file", got=error, fix=RESTORE) from None
+
+
+def read_mapping(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
+    """Return the content of a JSON file that must hold a mapping.
+
+    Args:
+        path: The file.
+        *keys: Keys that the mapping must have.
+
+    Raises:
+        UserError: If the file cannot be read, holds another type, or lacks a key.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path} holds no mapping", expected="a JSON object", got=f"a {type(value).__name__}", fix=RESTORE
+        )
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise UserError(
+            f"{path} lacks '{missing[0]}'",
+            expected=f"the keys {', '.join(keys)}",
+            got=sorted(value)[:20],
+            fix=RESTORE,
+        )
+    return value

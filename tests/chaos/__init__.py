@@ -1,0 +1,1 @@
+"""Chaos tests: runs that are interrupted at random moments."""

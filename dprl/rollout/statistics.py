@@ -19,12 +19,15 @@ def wilson(successes: int, n: int) -> list[float]:
         n: Number of trials.
 
     Returns:
-        Lower and upper end.
+        Lower and upper end. They are exactly 0 without a success, and exactly 1 without a failure.
     """
     rate, z2 = successes / n, Z95**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n**2))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    # Rounding would leave the ends at rates of 0 and 1 slightly inside the interval.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return [low, high]
 
 
 def bootstrap(values: np.ndarray, *, draws: int = 2000) -> list[float]:

@@ -142,6 +142,14 @@ def test_wilson_against_scipy(k, n):
     np.testing.assert_allclose(wilson(k, n), [expected.low, expected.high], atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 2, 60, 400])
+def test_wilson_is_exact_at_the_ends_and_contains_the_rate(n):
+    assert wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0
+    for k in range(n + 1):
+        low, high = wilson(k, n)
+        assert 0.0 <= low <= k / n <= high <= 1.0
+
+
 def test_bootstrap_covers_the_normal_interval():
     values = np.random.default_rng(1).normal(3, 2, 400)
     low, high = bootstrap(values)

@@ -18,6 +18,7 @@ from dprl.networks.ema import ExponentialMovingAverage
 from dprl.policies.base import ChunkPolicy
 from dprl.utils import seeding, signals
 from dprl.utils.device import Precision, autocast
+from dprl.utils.errors import require
 from dprl.utils.timer import NullTimer, Timer
 from dprl.utils.types import Fraction, NonNegative, Positive, PositiveInt, ProperFraction, Settings
 
@@ -46,6 +47,17 @@ class BCConfig(Settings):
     log_every: PositiveInt
     save_every: PositiveInt
 
+    def __post_init__(self) -> None:
+        """Check that the average moves often for its decay."""
+        super().__post_init__()
+        require(
+            self.ema_every == 1 or self.ema_every * (1 - self.ema) <= 0.1,
+            "train.ema_every is too large for train.ema: the saved policy would lag behind",
+            expected="train.ema_every * (1 - train.ema) <= 0.1",
+            got=f"train.ema_every={self.ema_every}, train.ema={self.ema}",
+            fix="train.ema_every=1",
+        )
+
 
 class BehaviorCloning(Algorithm):
     """Behavior cloning. The actor is the exponential moving average of the trained policy.
@@ -59,6 +71,7 @@ class BehaviorCloning(Algorithm):
         **settings: The fields of `BCConfig`.
     """
 
+    settings_class: ClassVar[type[Settings]] = BCConfig
     counters: ClassVar[tuple[str, ...]] = ("iteration", "gradient_steps")
 
     def __init__(
@@ -123,7 +136,6 @@ class BehaviorCloning(Algorithm):
             self.gradient_steps += 1
             save = self.gradient_steps % cfg.save_every == 0 or self.gradient_steps == cfg.steps
             if save or self.gradient_steps % cfg.log_every == 0:
-                self.iteration += 1
                 yield self.metrics.pop() | {"lr": self.optimizer.param_groups[0]["lr"], "validate": save}
 
     @torch.no_grad()

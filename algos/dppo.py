@@ -63,6 +63,8 @@ class DPPOConfig(Settings):
 class DPPO(Algorithm):
     """DPPO, with an optional pull towards the pretrained policy; `DPPOConfig` has the settings."""
 
+    settings_class: ClassVar[type[Settings]] = DPPOConfig
+
     def __init__(
         self, *, policy: nn.Module, actor: Callable[..., Any], critic: Callable[..., nn.Module], **settings: Any
     ):
@@ -86,9 +88,7 @@ class DPPO(Algorithm):
             with self.autocast:  # as in the update, so that the first ratio is 1
                 rollout = collect(self.actor.train(), self.cfg.chunks)
             batch, metrics = chunk_advantages(rollout, self.value, self.cfg, self.return_scale)
-            metrics |= self.update(batch)
-            self.iteration += 1
-            yield metrics
+            yield metrics | self.update(batch)
 
     def anneal(self, progress: float) -> None:
         """Set learning rates and the exploration noise."""

@@ -21,7 +21,7 @@ from dprl.learning.iql import IQLConfig, IQLLearner
 from dprl.learning.replay_buffer import RolloutReturns
 from dprl.networks.critic_ensemble import CriticEnsemble
 from dprl.utils.errors import require
-from dprl.utils.types import NonNegative, PositiveInt
+from dprl.utils.types import NonNegative, NonNegativeInt, PositiveInt, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class GuidedConfig(IQLConfig):
     scales: Sequence[float]
     critic: Literal["idql", "monte_carlo"]
     rollout_steps: PositiveInt
-    energy_steps: PositiveInt
+    energy_steps: NonNegativeInt
     energy_support: PositiveInt
     energy_beta: NonNegative
 
@@ -60,8 +60,8 @@ class Guided(Algorithm):
         **settings: The fields of `GuidedConfig`.
     """
 
+    settings_class: ClassVar[type[Settings]] = GuidedConfig
     counters: ClassVar[tuple[str, ...]] = ("iteration", "scales_offered")
-    budget_setting: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -106,6 +106,13 @@ class Guided(Algorithm):
             data = None if self.rollouts is not None else logged()
             self.learner = IQLLearner(critic, policy, data, cfg, total=cfg.offline_steps, trained=False)
         if self.actor.energy is not None:
+            require(
+                cfg.energy_steps > 0,
+                "algo.actor.at=noised requires a trained energy",
+                expected="algo.energy_steps of at least 1",
+                got=cfg.energy_steps,
+                fix="algo.energy_steps=2000",
+            )
             self.energy = EnergyLearner(self.actor, logged(), cfg)
         if self.actor.value is not None and isinstance(policy.obs_shape, list):
             with torch.random.fork_rng(devices=[]):
@@ -133,11 +140,8 @@ class Guided(Algorithm):
             learner.critic_warmup = learner.total  # regress on whole returns only
         for part in (learner, energy):
             while part is not None and part.step < part.total:
-                metrics = part.update(min(cfg.updates, part.total - part.step))
-                self.iteration += 1
-                yield metrics | {"validate": False}
+                yield part.update(min(cfg.updates, part.total - part.step)) | {"validate": False}
         while self.scales_offered < len(cfg.scales):
             self.actor.scale = float(cfg.scales[self.scales_offered])
             self.scales_offered += 1
-            self.iteration += 1
             yield {"choice/scale": self.actor.scale, "validate": True}

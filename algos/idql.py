@@ -17,7 +17,7 @@ from dprl.learning.iql import IQLConfig, IQLLearner
 from dprl.learning.replay_buffer import ReplayBuffer, chunks_from_rollout
 from dprl.networks.critic_ensemble import CriticEnsemble
 from dprl.utils.errors import require
-from dprl.utils.types import Fraction, NonNegative, NonNegativeInt, PositiveInt
+from dprl.utils.types import Fraction, NonNegative, NonNegativeInt, PositiveInt, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,9 @@ class IDQL(Algorithm):
         **settings: The fields of `IDQLConfig`.
     """
 
+    settings_class: ClassVar[type[Settings]] = IDQLConfig
     counters: ClassVar[tuple[str, ...]] = ("iteration", "pending_updates")
-    budget_setting: ClassVar[str | None] = "online_steps"
+    budget_setting: ClassVar[str] = "online_steps"
 
     def __init__(
         self,
@@ -102,13 +103,10 @@ class IDQL(Algorithm):
     def train(self, collect: Collect) -> Iterator[Metrics]:
         """Learn from the logged data, then collect and learn from both. Without a learner, offer the actor once."""
         cfg, learner, clone = self.cfg, self.learner, self.cloning and self.cloning.update
-        while learner is None and not self.iteration:
-            self.iteration += 1
+        if learner is None and not self.iteration:
             yield {}
         while learner is not None and learner.step < cfg.offline_steps:
-            metrics = learner.update(min(cfg.updates, cfg.offline_steps - learner.step), extra_update=clone)
-            self.iteration += 1
-            yield metrics
+            yield learner.update(min(cfg.updates, cfg.offline_steps - learner.step), extra_update=clone)
         while learner is not None and not self.budget_spent(collect):
             before = collect.env_steps
             rollout = collect(self.actor.train(), cfg.chunks)
@@ -118,5 +116,4 @@ class IDQL(Algorithm):
                 self.pending_updates += cfg.utd * (collect.env_steps - before)
                 metrics |= learner.update(int(self.pending_updates), self.replay, clone)
                 self.pending_updates %= 1
-            self.iteration += 1
             yield metrics

@@ -69,7 +69,7 @@ def cloning(stack: ExitStack, *, pretrain: Sequence[str], data: tuple[int, int],
     algo = BehaviorCloning(
         policy=make_policy(cfg), episodes=random_episodes(cfg, data), held_out=None, seed=0, **settings
     )
-    return partial(next, algo.train())
+    return partial(next, algo.iterations())
 
 
 def sampling(stack: ExitStack, *, pretrain: Sequence[str], n: int) -> Callable[[], Any]:
@@ -145,7 +145,7 @@ def dppo(stack: ExitStack, *, pretrain: Sequence[str], finetune: Sequence[str]) 
     policy = make_policy(compose("pretrain", pretrain))
     collector = Collector(*make_environments(stack, cfg, policy), device=CPU)
     collector.reset(0)
-    iterations = factory.construct(cfg.algo, "algo", policy=policy).train(collector)
+    iterations = factory.construct(cfg.algo, "algo", policy=policy).iterations(collector)
 
     def work() -> None:
         before = collector.env_steps

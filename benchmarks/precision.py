@@ -64,7 +64,7 @@ class Probe:
 
     def __init__(self, run: str, iterations: int, settings: list[str]):
         self.cfg, self.algo, collector = make_dppo(run, *settings, "algo.precision=fp32", "algo.env_steps=1000000000")
-        for _ in zip(range(iterations), self.algo.train(collector), strict=False):
+        for _ in zip(range(iterations), self.algo.iterations(collector), strict=False):
             pass
         self.actor, algo_cfg = self.algo.actor, self.algo.cfg
         rollout = collector(self.actor, algo_cfg.chunks)
@@ -210,7 +210,7 @@ def train(run: str, precision: str, seed: int, settings: list[str]) -> dict[str,
     """Run DPPO and return its training curve and the validation score of the final policy."""
     cfg, algo, collector = make_dppo(run, *settings, f"algo.precision={precision}", seed=seed)
     start, curve = time.process_time(), []
-    for _ in algo.train(collector):
+    for _ in algo.iterations(collector):
         metrics = collector.metrics()
         curve.append(metrics.get("train/success", metrics["train/return"]))
     seconds = time.process_time() - start

@@ -129,7 +129,7 @@ class GuidedActor(ActorWrapper):
         return None if self.critic is None else self.critic.gamma
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def chosen_settings(self) -> dict[str, Any]:
         """Settings of the actor that changed after its construction."""
         return {"scale": self.scale}
 

@@ -13,6 +13,7 @@ from dprl.learning import optim
 from dprl.utils.errors import UserError
 from dprl.utils.metrics import MetricSums
 from dprl.utils.modules import device_of
+from dprl.utils.types import Settings
 
 Metrics = dict[str, float]
 Trainable = nn.Module | Optimizer
@@ -41,7 +42,17 @@ class Stateful:
     counters: ClassVar[tuple[str, ...]] = ()
 
     def parts(self) -> dict[str, Any]:
-        """Return the attributes that have a state, by name."""
+        """Return the attributes that have a state, by name.
+
+        Raises:
+            TypeError: If an attribute is a list, tuple or dictionary of modules or optimizers.
+        """
+        for name, part in vars(self).items():
+            items = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+            if any(isinstance(item, nn.Module | Optimizer) for item in items):
+                raise TypeError(
+                    f"{type(self).__name__}.{name}: use nn.ModuleList, nn.ModuleDict or an attribute for each"
+                )
         return {name: part for name, part in vars(self).items() if name != "actor" and hasattr(part, "state_dict")}
 
     def trainables(self) -> list[Trainable]:
@@ -69,8 +80,15 @@ class Stateful:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state from `state_dict`."""
+        """Restore a state from `state_dict`.
+
+        Raises:
+            KeyError: If the state lacks a part or a counter, or has an unknown one.
+        """
         parts = self.parts()
+        required = {*self.counters, *(name for name, part in parts.items() if not isinstance(part, nn.Module))}
+        if wrong := (required - state.keys()) | (state.keys() - parts.keys() - set(self.counters)):
+            raise KeyError(f"{type(self).__name__}: {', '.join(sorted(wrong))}")
         for name, value in state.items():
             if name in self.counters:
                 setattr(self, name, value)
@@ -91,7 +109,9 @@ class Algorithm(Stateful, ABC):
     the policy inside, so that the tuned policy is rebuilt from its checkpoint alone.
 
     State, trainable modules and progress follow from the attributes (see `Stateful`), so that a subclass usually
-    consists of its constructor, its losses and `train`.
+    consists of its constructor, its losses and `train`. `settings_class` is the dataclass of its settings, which are
+    checked before any work. If the setting that `budget_setting` names exists, it limits environment steps, and the
+    setting `chunks` is the number of chunks of an iteration in each environment.
 
     Args:
         actor: The actor to improve. `eval()` makes it act as well as it can, `train()` makes it explore.
@@ -99,7 +119,8 @@ class Algorithm(Stateful, ABC):
     """
 
     counters: ClassVar[tuple[str, ...]] = ("iteration",)
-    budget_setting: ClassVar[str | None] = "env_steps"  # the setting that limits environment steps
+    budget_setting: ClassVar[str] = "env_steps"  # the setting that limits environment steps
+    settings_class: ClassVar[type[Settings]] = Settings
 
     def __init__(self, actor: nn.Module, config: Any):
         self.actor: Any = actor
@@ -110,7 +131,7 @@ class Algorithm(Stateful, ABC):
 
     @abstractmethod
     def train(self, collect: Collect) -> Iterator[Metrics | None]:
-        """Improve the actor, one iteration for each item.
+        """Improve the actor, one iteration for each item; `iterations` counts them.
 
         Between two items the trainer may evaluate the actor, save a checkpoint and reset the environments. After
         `load_state_dict` the generator continues from the restored state.
@@ -125,6 +146,20 @@ class Algorithm(Stateful, ABC):
             None instead of metrics marks a point at which a run that a signal interrupts may stop.
         """
 
+    def iterations(self, collect: Any = None) -> Iterator[Metrics | None]:
+        """Run `train`, and count its iterations in `iteration`.
+
+        Args:
+            collect: Collects rollouts from the training environments.
+
+        Yields:
+            What `train` yields.
+        """
+        for metrics in self.train(collect):
+            if metrics is not None:
+                self.iteration += 1
+            yield metrics
+
     @property
     def step(self) -> int:
         """The number of the next checkpoint: iterations, or gradient steps where an algorithm counts those."""
@@ -132,27 +167,27 @@ class Algorithm(Stateful, ABC):
 
     @property
     def env_budget(self) -> int:
-        """The environment steps that training may take."""
-        return 0 if self.budget_setting is None else getattr(self.cfg, self.budget_setting)
+        """The environment steps that training may take; 0 without such a setting."""
+        return getattr(self.cfg, self.budget_setting, 0)
 
     def env_steps_per_iteration(self, collect: Collect) -> int:
         """Return the largest number of environment steps that one iteration takes."""
-        return collect.num_envs * self.cfg.chunks * collect.act_steps
+        return collect.num_envs * getattr(self.cfg, "chunks", 0) * collect.act_steps
 
     def budget_spent(self, collect: Collect) -> bool:
         """Return whether another iteration could exceed the budget of environment steps."""
         return not self.env_budget or collect.env_steps + self.env_steps_per_iteration(collect) > self.env_budget
 
     def progress(self, collect: Collect) -> float:
-        """Return the completed fraction of training, 1 at its end."""
+        """Return the completed fraction of training, 1 at its end; 0 without a budget of environment steps."""
+        if not self.env_budget:
+            return 0.0
         return 1.0 if self.budget_spent(collect) else collect.env_steps / self.env_budget
 
     def check_budget(self, collect: Collect) -> None:
         """Raise a `UserError` if there is a budget of environment steps, and it is too small for one iteration."""
-        if not self.env_budget:
-            return
         least = self.env_steps_per_iteration(collect)
-        if self.env_budget < least:
+        if 0 < self.env_budget < least:
             raise UserError(
                 f"algo.{self.budget_setting} is too small for one iteration",
                 expected=f"at least {least}: num_envs x algo.chunks x policy.act_steps",

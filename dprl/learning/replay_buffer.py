@@ -112,11 +112,21 @@ class RolloutReturns:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows by key."""
-        return dict(self.rows.items())
+        return _plain(self.rows)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore rows from `state_dict`."""
-        self.rows = TensorDict(state, [len(state["rew"])]).to(self.device)
+        self.rows = _nested(state).to(self.device)
+
+
+def _plain(rows: TensorDict) -> dict[str, Tensor]:
+    """Return tensors by key, joined by dots where observations are dictionaries, for a checkpoint."""
+    return dict(rows.flatten_keys(".").items())
+
+
+def _nested(rows: dict[str, Tensor]) -> TensorDict:
+    """Return the rows that `_plain` has flattened."""
+    return TensorDict(rows, [len(next(iter(rows.values())))]).unflatten_keys(".")
 
 
 def _expand_dims(mask: Tensor, value: Tensor) -> Tensor:
@@ -166,7 +176,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the chunks by key, in the order of the buffer, and the position of the next one."""
-        chunks = {key: value.clone() for key, value in self.buffer[:].items()} if len(self) else None
+        chunks = _plain(self.buffer[:].clone()) if len(self) else None
         return {"chunks": chunks, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,7 +187,7 @@ class ReplayBuffer:
         """
         if state["chunks"] is None:
             return
-        chunks = TensorDict(state["chunks"], [len(next(iter(state["chunks"].values())))])
+        chunks = _nested(state["chunks"])
         self.add(chunks)
         if self.cursor != state["cursor"]:  # a full buffer: write its first chunks again to advance the position
             self.add(chunks[: state["cursor"]])

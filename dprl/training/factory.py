@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
@@ -22,9 +21,10 @@ from dprl.rewards import TASK_ONLY, WeightedSum
 from dprl.training import checkpoint, legacy
 from dprl.training.logging import Logger
 from dprl.training.report import Draw
+from dprl.utils.configs import compose
+from dprl.utils.device import pick_device
 from dprl.utils.errors import UserError
 from dprl.utils.files import read_mapping
-from dprl.utils.paths import config_folder
 from dprl.utils.types import check_arguments
 
 
@@ -77,7 +77,7 @@ def check_node(node: Any, path: str) -> None:
 
     Args:
         node: Plain values: dictionaries, lists, numbers and strings.
-        path: Path of the node in the config.
+        path: Path of the node in the config. Whole numbers such as 1e5 become integers where integers are expected.
 
     Raises:
         UserError: If a setting is out of range.
@@ -93,8 +93,7 @@ def check_node(node: Any, path: str) -> None:
         except Exception:  # an import may raise anything; instantiation reports it
             target = None
         if callable(target):
-            settings = {key: value for key, value in node.items() if not isinstance(value, dict | list)}
-            check_arguments(target, settings, path)
+            check_arguments(target, node, path)
     for key, value in node.items():
         check_node(value, f"{path}.{key}")
 
@@ -187,7 +186,15 @@ def algorithm(cfg: DictConfig, *, policy: Any, envs: VecEnv, reward: WeightedSum
         "episodes": lambda: functools.cache(lambda: logged_episodes(cfg, envs, reward)),
         "pretrained_critic": lambda: critic_of_run(cfg.algo.critic_from, cfg.reward.terms),
     }
-    return construct(cfg.algo, "algo", policy=policy, offers=offers)
+    algo = construct(cfg.algo, "algo", policy=policy, offers=offers)
+    if not isinstance(algo, Algorithm):
+        raise UserError(
+            "algo._target_ is not an algorithm",
+            expected="a subclass of dprl.learning.algorithm.Algorithm",
+            got=type(algo).__name__,
+            fix="algo=dppo, or derive the class from it",
+        )
+    return algo
 
 
 def logged_episodes(cfg: DictConfig, envs: VecEnv, reward: WeightedSum) -> Episodes:
@@ -355,7 +362,7 @@ def load_policy(path: str | Path, *, device: str = "cpu", trust: bool = False) -
 
     Args:
         path: Folder of a run (its best checkpoint, or else its last) or of a checkpoint.
-        device: Device of the weights.
+        device: Device of the weights: auto, cpu or cuda.
         trust: Whether to build classes outside dprl that the checkpoint names; only for files of people you trust.
 
     Returns:
@@ -364,7 +371,7 @@ def load_policy(path: str | Path, *, device: str = "cpu", trust: bool = False) -
     Raises:
         UserError: If there is no checkpoint, or it is damaged or names code that is not allowed.
     """
-    return checkpoint.load(path, device=device, trust=trust).actor
+    return checkpoint.load(path, device=pick_device(device), trust=trust).actor
 
 
 def make_vec_env(task: str, policy: Any, *, num_envs: int, overrides: Sequence[str] = ()) -> VecEnv:
@@ -379,6 +386,5 @@ def make_vec_env(task: str, policy: Any, *, num_envs: int, overrides: Sequence[s
     Returns:
         The environments, with the task's own reward.
     """
-    with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
-        cfg = hydra.compose("finetune", [f"task={task}", *overrides])
+    cfg = compose("finetune", f"task={task}", *overrides)
     return environments(cfg, policy, num_envs=num_envs)

@@ -36,6 +36,7 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
     run_dir = run.prepare_run(cfg, overrides)
     cfg, folder = run_dir.cfg, run_dir.folder
     check_settings(cfg)
+    factory.check_node(run.plain(cfg)["algo"], "algo")
     device = run.start_process(cfg)
     timer = make_timer(cfg.profile, device)
     local, referenced = run.use_local_copies(cfg, folder), run.referenced_checkpoints(cfg)
@@ -57,6 +58,13 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
     collector = Collector(*train_envs, device=device, **options)
     algo = factory.algorithm(local, policy=policy, envs=envs, reward=reward)
     algo.check_budget(collector)
+    if algo.progress(collector) >= 1:
+        raise UserError(
+            "the algorithm ends before its first iteration",
+            expected="a budget of at least one iteration",
+            got=f"algo={cfg.name}, num_envs={cfg.num_envs}",
+            fix="larger budgets in algo.*, or a smaller num_envs",
+        )
     logger = factory.logger(cfg)
     seeds = final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes)
     with timer("evaluation"):

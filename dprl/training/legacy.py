@@ -45,7 +45,9 @@ TARGETS = {
     "dprl.regression.RegressionPolicy": "dprl.policies.regression.RegressionPolicy",
     "dprl.report.paths": "dprl.training.report.paths",
     "dprl.schedule.Schedule": "dprl.policies.noise_schedule.NoiseSchedule",
+    "dprl.values.goal": "dprl.actors.guidance_values.goal",
     "dprl.values.keep_out": "dprl.actors.guidance_values.keep_out",
+    "dprl.values.smoothness": "dprl.actors.guidance_values.smoothness",
 }
 REMOVED = ("dprl.critic.from_run", "dprl.data.offline.load")  # functions whose nodes an algorithm no longer has
 

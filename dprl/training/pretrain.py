@@ -37,6 +37,7 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     run.check_guards(cfg)
     counts = dict(evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1, evaluation__seed=0)
     run.check_counts(cfg, **counts)
+    factory.check_node(run.plain(cfg)["train"], "train")  # before the data are read
     device = run.start_process(cfg)
     timer = make_timer(cfg.profile, device)
 
@@ -56,7 +57,7 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     logger = factory.logger(cfg)
 
     run_dir.create()
-    sizes: dict[str, Any] = dict(prefix="evaluation", total=cfg.train.steps)
+    sizes: dict[str, Any] = dict(prefix="evaluation", total=algo.cfg.steps)
     trainer = Trainer(cfg, folder, algo, node=node, envs=envs, collector=None, timer=timer, **sizes)
     step, seconds = trainer.start()
     metrics = MetricsLogger(
@@ -84,7 +85,7 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     result = {
         **run.identity(cfg),
         "env_steps": 0,
-        "gradient_steps": cfg.train.steps,
+        "gradient_steps": algo.step,
         "train_seconds": seconds,
         "bc": final.summary(modes),
         "curve": history(folder, "evaluation/"),
@@ -93,7 +94,7 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
         result["profile"] = parts
         print(report.profile_table(parts))
     write_json(folder / "result.json", result)
-    print(f"{folder}: {final.describe()} after {cfg.train.steps} steps in {seconds / 60:.1f} min")
+    print(f"{folder}: {final.describe()} after {algo.step} steps in {seconds / 60:.1f} min")
     return folder
 
 

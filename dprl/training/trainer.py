@@ -1,4 +1,4 @@
-"""The trainer: everything around `algorithm.train`, for pretraining and fine-tuning alike."""
+"""The trainer: everything around `Algorithm.train`, for pretraining and fine-tuning alike."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Trainer:
     @property
     def done(self) -> int:
         """Value of the progress bar."""
-        return round(self.total * self.algo.progress(self.collector))  # type: ignore[arg-type]
+        return int(self.total * self.algo.progress(self.collector) + 1e-9)  # type: ignore[arg-type]
 
     def start(self) -> tuple[int | None, float]:
         """Start the run, or restore its last state.
@@ -92,7 +92,7 @@ class Trainer:
         """Train to the end of the budget. A signal ends the run at the next safe point, after saving its state."""
         seeding.set_state(self.rng)  # draws of a logger do not count
         trace = self.folder / "trace.json" if self.cfg.profile == "trace" else None
-        for values in timed(self.algo.train(self.collector), self.timer, "update", trace):  # type: ignore[arg-type]
+        for values in timed(self.algo.iterations(self.collector), self.timer, "update", trace):  # type: ignore[arg-type]
             if values is None:
                 self.save_interrupted(metrics)
                 signals.stop()
@@ -185,7 +185,7 @@ class Trainer:
             "rng": seeding.state(),
         }
         metrics.to_disk()
-        node = self.node | getattr(self.algo.actor, "settings", {})  # settings that the run has chosen itself
+        node = self.node | getattr(self.algo.actor, "chosen_settings", {})  # settings that the run has chosen itself
         with self.timer("checkpoint"):
             checkpoint.save(path, self.algo.actor, node=node, task=self.cfg.task.name, trainer=trainer)
 

@@ -9,13 +9,13 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from dprl.utils.configs import compose
 from dprl.utils.errors import UserError
-from dprl.utils.paths import config_folder
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -92,12 +92,15 @@ def _example(kind: type, limits: list[tuple[type, float]]) -> float:
     return 1.0 if low is None else low + 1.0
 
 
-def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> None:
+def check_arguments(function: Callable[..., Any], arguments: dict[str, Any], path: str) -> None:
     """Check keyword arguments against the annotations of a function or of a class's constructor.
+
+    A class with an attribute `settings_class` takes the fields of that class as well. A value that equals the default
+    of its parameter is not checked. Whole numbers such as 1e5 become integers where integers are expected.
 
     Args:
         function: The function or class to be called.
-        arguments: Its keyword arguments, by name.
+        arguments: Its keyword arguments, by name; changed in place.
         path: Path of the config node that holds them.
 
     Raises:
@@ -105,11 +108,17 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
     """
     try:
         hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
-    except (NameError, TypeError, AttributeError):  # annotations that cannot be resolved: nothing to check
+        defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    except (NameError, TypeError, AttributeError, ValueError):  # annotations that cannot be resolved: nothing to check
         return
+    if settings := getattr(function, "settings_class", None):
+        hints = get_type_hints(settings, include_extras=True) | hints
     for name, value in arguments.items():
-        if name in hints:
-            check_value(value, hints[name], f"{path}.{name}")
+        if name not in hints or isinstance(value, dict | list) or (name in defaults and value is defaults[name]):
+            continue
+        check_value(value, hints[name], f"{path}.{name}")
+        if isinstance(value, float) and value.is_integer() and _is_int(hints[name]):
+            arguments[name] = int(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,12 +153,10 @@ class Settings:
         Args:
             **changes: New values, by field.
         """
-        import hydra
         from omegaconf import OmegaConf
 
         program, *overrides = cls.compose
-        with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
-            node = OmegaConf.select(hydra.compose(program, overrides), cls.section)
+        node = OmegaConf.select(compose(program, *overrides), cls.section)
         values = {field.name: node[field.name] for field in dataclasses.fields(cls)}
         plain = {
             key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in values.items()

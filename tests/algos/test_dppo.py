@@ -153,7 +153,7 @@ def test_the_denoising_discount_is_smallest_for_the_first_step():
 def test_only_the_critic_trains_during_its_warm_up():
     algo = dppo(critic_warmup=1)
     before = {name: value.clone() for name, value in algo.actor.state_dict().items()}
-    training = algo.train(collector())
+    training = algo.iterations(collector())
     next(training)
     assert all(torch.equal(value, before[name]) for name, value in algo.actor.state_dict().items())
     next(training)
@@ -174,7 +174,7 @@ def test_updates_stop_once_the_kl_exceeds_its_target(micro_batch):
         return metrics
 
     algo.update_minibatch = recording
-    metrics = next(algo.train(collector()))
+    metrics = next(algo.iterations(collector()))
     assert metrics["stopped"] == 1
     assert metrics["updates"] == len(kls) < 5
     assert [kl > 0 for kl in kls].index(True) == len(kls) - 2
@@ -183,7 +183,7 @@ def test_updates_stop_once_the_kl_exceeds_its_target(micro_batch):
 def test_the_budget_is_never_exceeded():
     collect = collector(3)
     algo = dppo(env_steps=200, chunks=2)
-    iterations = sum(1 for _ in algo.train(collect))
+    iterations = sum(1 for _ in algo.iterations(collect))
     assert iterations == 200 // (3 * 2 * 4)
     assert collect.env_steps <= 200
     with pytest.raises(UserError, match=r"env_steps is too small for one iteration[\s\S]*fix:      algo.env_steps=24"):
@@ -235,12 +235,12 @@ def test_all_denoising_steps_can_be_finetuned(steps):
         critic_warmup=0,
         bc_weight=0.1,
     )
-    metrics = next(algo.train(collector(1)))
+    metrics = next(algo.iterations(collector(1)))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_a_rollout_may_be_one_chunk_of_one_environment():
-    metrics = next(dppo(chunks=1, critic_warmup=0).train(collector(1)))
+    metrics = next(dppo(chunks=1, critic_warmup=0).iterations(collector(1)))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -248,7 +248,7 @@ def test_a_rollout_may_be_one_chunk_of_one_environment():
 def test_chunks_may_be_shorter_or_longer_than_an_episode(act_steps):
     collect = Collector(vec("Aim-v0", num_envs=2, act_steps=act_steps), device=torch.device("cpu"))
     collect.reset(0)
-    metrics = next(dppo(policy=diffusion(horizon=act_steps), critic_warmup=0).train(collect))
+    metrics = next(dppo(policy=diffusion(horizon=act_steps), critic_warmup=0).iterations(collect))
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -259,7 +259,7 @@ def test_dppo_improves_on_cloning_by_twenty_points():
     envs = vec("Aim-v0", num_envs=50, act_steps=4)
     before = evaluate(policy, envs, range(300)).summary()["success"]
     algo = dppo(policy=policy, env_steps=15_000, chunks=4, gamma=0.99)
-    for _ in algo.train(collector(32)):
+    for _ in algo.iterations(collector(32)):
         pass
     after = evaluate(algo.actor, envs, range(300)).summary()["success"]
     assert 0.3 < before < 0.7

@@ -50,7 +50,7 @@ def run(algo: Guided):
     """Train to the end in Aim-v0. Returns the collector and the metrics."""
     collector = Collector(vec("Aim-v0", num_envs=3), device=torch.device("cpu"))
     collector.reset(0)
-    return collector, list(algo.train(collector))
+    return collector, list(algo.iterations(collector))
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_a_resumed_run_is_bit_identical():
     algo, resumed = fresh(), fresh()
     collector = Collector(vec("Aim-v0", num_envs=3), device=torch.device("cpu"))
     collector.reset(0)
-    next(iter(algo.train(collector)))
+    next(iter(algo.iterations(collector)))
     resumed.actor.load_state_dict(algo.actor.state_dict())
     resumed.load_state_dict(copy.deepcopy(algo.state_dict()))
     states = []
     for part in (algo, resumed):
         torch.manual_seed(4)
-        list(part.train(collector))
+        list(part.iterations(collector))
         states.append(part.actor.state_dict())
     assert collector.env_steps == 60  # the stored rollouts are used, none is collected
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -150,7 +150,7 @@ def test_an_invalid_value_function_is_named(value, message):
         (dict(scales=[50.0]), r"algo.scales[\s\S]*50"),
         (dict(scales=[]), r"algo.scales"),
         (dict(offline_steps=0), r"no critic to guide by"),
-        (dict(energy_steps=0), r"algo.energy_steps is out of range"),
+        (dict(actor=dict(at="noised"), energy_steps=0), r"algo.energy_steps of at least 1"),
         (dict(critic="best"), r"algo.critic is unknown"),
         (dict(actor=dict(start=5, stop=5)), r"algo.actor.start"),
         (dict(actor=dict(stop=99)), r"algo.actor.start"),

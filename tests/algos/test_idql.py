@@ -58,7 +58,7 @@ def test_idql_improves_on_cloning_with_data_of_mixed_quality():
     before = evaluate(policy, envs, range(200)).success.mean()
     algo = idql(policy, logged, offline_steps=600, batch_size=128, critic_warmup=100, actor=dict(candidates=8))
     weights = {key: value.clone() for key, value in policy.state_dict().items()}
-    for _ in algo.train(None):  # type: ignore[arg-type]
+    for _ in algo.iterations(None):  # type: ignore[arg-type]
         pass
     after = evaluate(algo.actor, envs, range(200)).success.mean()
     assert before < 0.6
@@ -71,7 +71,7 @@ def run_online(algo: IDQL, iterations: int | None = None):
     collector = Collector(vec("Aim-v0", num_envs=3), device=torch.device("cpu"))
     collector.reset(0)
     history = []
-    for metrics in algo.train(collector):
+    for metrics in algo.iterations(collector):
         history.append(metrics)
         if iterations and len(history) == iterations:
             break
@@ -127,7 +127,7 @@ def test_a_resumed_run_is_bit_identical():
         collector.env_steps = start
         collector.reset(1)
         torch.manual_seed(5)
-        for _ in algo.train(collector):
+        for _ in algo.iterations(collector):
             pass
         return algo.actor.state_dict()
 
@@ -145,7 +145,7 @@ def test_continued_cloning_masks_actions_after_the_end_of_an_episode():
     algo = idql(
         diffusion(act_steps=4, hidden_dim=64), logged, bc_lr=2e-3, bc_polyak=0.05, offline_steps=300, batch_size=64
     )
-    losses = [metrics["clone_loss"] for metrics in algo.train(None)]  # type: ignore[arg-type]
+    losses = [metrics["clone_loss"] for metrics in algo.iterations(None)]  # type: ignore[arg-type]
     assert losses[-1] < 0.7 * losses[0]
     received = {}
     cloner, data = algo.cloning, algo.learner.data

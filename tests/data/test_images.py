@@ -151,7 +151,7 @@ def test_an_image_policy_learns_the_goal_that_the_image_shows():
     algo = behavior_cloning(policy, train, steps=300, batch_size=64, lr=3e-3)
     algo.held_out = algo.windows(validation, algo.cfg)
     before = algo.validation_metrics()["validation/loss"]
-    for _ in algo.train():
+    for _ in algo.iterations():
         pass
     assert algo.validation_metrics()["validation/loss"] < 0.3 * before
     envs = cameras(num_envs=10, obs_steps=2)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 
 from dprl import rewards
 from dprl.cli.demos import demonstrate
@@ -196,3 +197,13 @@ def test_rollouts_give_whole_returns():
     last = by_start[max(by_start)]
     assert float(last["rew"]) == pytest.approx(3 + 0.5 * 4)
     assert not bool(last["terminated"]) and float(last["discount"]) == 0.25 and float(last["next_obs"][0, 1]) == 4
+
+
+def test_a_replay_buffer_of_dictionaries_is_saved_as_plain_tensors(tmp_path):
+    obs = TensorDict({"image": torch.ones(5, 1, 3, 4, 4), "place": torch.rand(5, 1, 2)}, [5])
+    buffer = ReplayBuffer(8, memmap=None, device=torch.device("cpu"))
+    buffer.add(TensorDict({"obs": obs, "rew": torch.arange(5.0)}, [5]))
+    torch.save(buffer.state_dict(), tmp_path / "state.pt")
+    other = ReplayBuffer(8, memmap=None, device=torch.device("cpu"))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other.buffer[:]["obs", "place"], obs["place"]) and len(other) == 5

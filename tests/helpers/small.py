@@ -144,6 +144,6 @@ def behavior_cloning(
 def cloned_policy(policy: ChunkPolicy, episodes: Episodes, **changes: Any) -> nn.Module:
     """Clone episodes into a policy and return the averaged policy."""
     algo = behavior_cloning(policy, episodes, **changes)
-    for _ in algo.train():
+    for _ in algo.iterations():
         pass
     return algo.actor.eval()

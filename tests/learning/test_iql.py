@@ -135,7 +135,7 @@ def test_values_of_a_small_mdp_converge_to_the_optimal_ones(backup, act_steps):
         critic_lr_final=1e-4,
     )
     algo = idql(policy, logged, backup=backup, backup_candidates=8, **settings)
-    for _ in algo.train(None):  # type: ignore[arg-type]
+    for _ in algo.iterations(None):  # type: ignore[arg-type]
         pass
     states = torch.arange(Walk.size, dtype=torch.float32)[:, None, None]
     act = torch.ones(Walk.size, 1, act_steps, 1)

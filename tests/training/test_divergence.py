@@ -160,7 +160,7 @@ class Poisoned:
 
 def run_guarded(algo, collect, guard, iterations: int) -> list[dict[str, float]]:
     """Train for a number of iterations and return the checked metrics."""
-    train = algo.train(collect)
+    train = algo.iterations(collect)
     return [guard.check(next(train), i + 1) for i in range(iterations)]
 
 
@@ -204,7 +204,7 @@ def test_cloning_continues_after_a_nonfinite_loss(tmp_path, monkeypatch):
         source="test",
     )
     cloner = behavior_cloning(diffusion(), episodes, steps=20, batch_size=8, log_every=5, save_every=20)
-    train = cloner.train()
+    train = cloner.iterations()
     guard = DivergenceGuard(cloner.trainables(), folder=tmp_path, rollbacks=1)
     guard.check(next(train), 5)
     before = {name: value.clone() for name, value in cloner.actor.state_dict().items()}
@@ -255,7 +255,7 @@ def test_a_rollback_restores_everything_that_an_algorithm_trains(name, tmp_path,
     torch.manual_seed(0)
     algo = make()
     guard = DivergenceGuard(algo.trainables(), folder=tmp_path, rollbacks=1)
-    train = algo.train(collector())
+    train = algo.iterations(collector())
     if name == "guided by an energy":
         guard.check(next(train), 0)  # trains the critic
     before = {key: value.clone() for key, value in algo.actor.state_dict().items()}

@@ -54,7 +54,7 @@ def test_the_first_ratio_is_one_in_either_precision(name, denoiser):
         for parameter in policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # some are initialized to zero
     algo = dppo(policy, precision=name, critic_warmup=0, epochs=1, batch_size=1000)
-    metrics = next(algo.train(collector(16)))
+    metrics = next(algo.iterations(collector(16)))
     assert metrics["updates"] == 1
     assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["kl"] < 1e-7

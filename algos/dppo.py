@@ -100,17 +100,17 @@ class DPPO(Algorithm):
         return self.critic(self.actor.obs_norm(obs))
 
     def update(self, batch: TensorDict) -> Metrics:
-        """Take `epochs` passes over the rows in minibatches, as long as the policy stays within `target_kl`."""
-        sums, updates, stopped, kl = MetricSums(), 0, False, 0.0
-        for rows in minibatches(batch, self.cfg.batch_size, epochs=self.cfg.epochs):
-            metrics = self.update_minibatch(rows)
-            sums.add(metrics)
-            updates += 1
-            stopped = self.cfg.target_kl is not None and kl > self.cfg.target_kl
-            if stopped:
+        """Take up to `epochs` passes over the rows in minibatches; stop after one whose mean KL exceeds `target_kl`."""
+        total = MetricSums()
+        for _ in range(self.cfg.epochs):
+            epoch = MetricSums()
+            for rows in minibatches(batch, self.cfg.batch_size):
+                metrics = self.update_minibatch(rows)
+                epoch.add(metrics)
+                total.add(metrics)
+            if stop := self.cfg.target_kl is not None and epoch.means().get("kl", 0.0) > self.cfg.target_kl:
                 break
-            kl = float(metrics.get("kl", 0.0))
-        return sums.means() | {"updates": updates, "stopped": float(stopped)}
+        return total.means() | {"updates": total.counts["critic_loss"], "stopped": float(stop)}
 
     def update_minibatch(self, rows: TensorDict) -> dict[str, Tensor]:
         """Take a gradient step of the critic and, after its warm-up, of the policy; return their metrics."""

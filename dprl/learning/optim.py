@@ -99,19 +99,17 @@ def _flatten(batch: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(key): value.detach() for key, value in rows.items() if isinstance(value, Tensor)}
 
 
-def minibatches(batch: TensorDict, size: int, *, epochs: int) -> Iterator[TensorDict]:
-    """Yield minibatches of nearly equal sizes, in a new random order each epoch.
+def minibatches(batch: TensorDict, size: int) -> Iterator[TensorDict]:
+    """Yield all rows in random order, in minibatches of nearly equal sizes.
 
     Args:
         batch: Rows `[M, ...]`.
         size: Rows of a minibatch.
-        epochs: Passes over all rows.
     """
     first: Any = next(iter(batch.values(True, True)))
-    for _ in range(epochs):
-        order = torch.randperm(len(batch), device=first.device)
-        for index in order.chunk(max(1, round(len(order) / size))):
-            yield batch[index]
+    order = torch.randperm(len(batch), device=first.device)
+    for index in order.chunk(max(1, round(len(order) / size))):
+        yield batch[index]
 
 
 def accumulate(

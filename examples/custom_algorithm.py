@@ -13,7 +13,7 @@ among the attributes. A run of a class that is not part of dprl is resumed with 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
@@ -72,6 +72,8 @@ class SelfImitation(Algorithm):
         **settings: The fields of `SelfImitationConfig`.
     """
 
+    settings_class: ClassVar[type[Settings]] = SelfImitationConfig
+
     def __init__(self, *, policy: Any, actor: Callable[..., Any], **settings: Any):
         super().__init__(actor(policy=policy), cfg := SelfImitationConfig(**settings))
         self.cloning = OnlineCloning(policy, lr=cfg.lr, polyak=cfg.polyak, max_grad_norm=cfg.max_grad_norm)
@@ -87,7 +89,6 @@ class SelfImitation(Algorithm):
             sums = MetricSums()
             for _ in range(self.cfg.updates if len(self.replay) else 0):
                 sums.add(self.cloning.update(self.replay.sample(self.cfg.batch_size)))
-            self.iteration += 1
             yield sums.means() | {"successful_chunks": len(chunks) / rollout.length.numel()}
 
 

@@ -98,6 +98,19 @@ def test_names_docstrings_and_comments_use_no_forbidden_word(path):
             assert not re.search(rf"\b({FORBIDDEN.pattern})\b", token.string, re.IGNORECASE), token.string
 
 
+TEXTS = [
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")),
+    *sorted(path for name in ("tests", "scripts", "benchmarks", "examples") for path in (ROOT / name).rglob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", [path for path in TEXTS if path != Path(__file__)], ids=ids)
+def test_english_outside_the_package(path):
+    assert not re.search(rf"\b({FORBIDDEN.pattern})\b", path.read_text(), re.IGNORECASE)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
 def test_public_functions_describe_their_arguments(path):
     """With three arguments or more: an Args section, all arguments in the text, or a reference to the base method."""

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from dprl.cli.main import COMMANDS
 from dprl.training import factory
-from tests.helpers.programs import CLONE
+from tests.helpers.programs import CLONE, DPPO, TUNE
 from tests.helpers.small import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -225,5 +225,10 @@ def test_a_wheel_works_outside_the_clone(tmp_path):
     for name in COMMANDS:
         assert name in dprl(name, "--help")
     dprl("demos", "episodes=3")
+    dprl("inspect")
     dprl("pretrain", *CLONE)
-    assert (tmp_path / "runs/avoid-bc-0/result.json").is_file()
+    dprl("finetune", *DPPO, "algo.env_steps=400")
+    dprl("baseline", "baseline=sac", "env_steps=60", "num_envs=2", "baseline.learning_starts=50", *TUNE[:3])
+    assert "2 episodes" in dprl("evaluate", "runs/avoid-dppo-0", "n=2")
+    assert "runs/avoid-sac-0" in dprl("compare", "runs/avoid-dppo-0", "runs/avoid-sac-0")
+    assert "sweep.png" in dprl("sweep", "runs/avoid-dppo-0", "min_std=0.1", "n=2")

@@ -101,7 +101,7 @@ class DPPO(Algorithm):
 
     def update(self, batch: TensorDict) -> Metrics:
         """Take up to `epochs` passes over the rows in minibatches; stop after one whose mean KL exceeds `target_kl`."""
-        total = MetricSums()
+        total, stop = MetricSums(), False
         for _ in range(self.cfg.epochs):
             epoch = MetricSums()
             for rows in minibatches(batch, self.cfg.batch_size):

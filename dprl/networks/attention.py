@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dprl.networks.weight_cache import PackedLinear
 from dprl.utils.errors import UserError
+from dprl.utils.types import PositiveInt
 
 
 def attend(
@@ -52,7 +53,7 @@ class SelfAttention(nn.Module):
         UserError: If the heads do not divide the hidden dim.
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int, *, causal: bool, dropout: float):
+    def __init__(self, hidden_dim: PositiveInt, num_heads: PositiveInt, *, causal: bool, dropout: float):
         super().__init__()
         if hidden_dim % num_heads:
             raise UserError(

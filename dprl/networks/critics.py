@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dprl.networks.embeddings import sinusoid, vector_size
 from dprl.networks.input_gradient import gradient_function
 from dprl.networks.mlp import trunk
-from dprl.utils.errors import check_numbers
+from dprl.utils.types import PositiveInt
 
 
 class StateValue(nn.Module):
@@ -27,7 +27,9 @@ class StateValue(nn.Module):
         obs_steps: To.
     """
 
-    def __init__(self, *, hidden_dim: int, num_layers: int, activation: str, obs_shape: list[int], obs_steps: int):
+    def __init__(
+        self, *, hidden_dim: PositiveInt, num_layers: PositiveInt, activation: str, obs_shape: list[int], obs_steps: int
+    ):
         super().__init__()
         self.net = nn.Sequential(
             nn.Flatten(),
@@ -53,7 +55,6 @@ def hidden_layers(hidden_dim: int, num_layers: int, activation: str, layer_norm:
     Returns:
         The module, [..., W] -> [..., W].
     """
-    check_numbers("", least=1, hidden_dim=hidden_dim)
     layers: list[nn.Module] = []
     for i in range(num_layers):
         linear = nn.Linear(hidden_dim, hidden_dim)  # unused for i = 0, but drawn: seeds keep their meaning
@@ -80,8 +81,8 @@ class PlainValue(nn.Module):
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        num_layers: int,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
         activation: str,
         layer_norm: bool,
         obs_shape: list[int],
@@ -119,8 +120,8 @@ class ChunkValue(nn.Module):
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        num_layers: int,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
         activation: str,
         layer_norm: bool,
         obs_shape: list[int],
@@ -176,7 +177,7 @@ class NoisedValue(nn.Module):
 
     table: Tensor
 
-    def __init__(self, *, hidden_dim: int, time_embed_dim: int, num_train_timesteps: int, **sizes: Any):
+    def __init__(self, *, hidden_dim: PositiveInt, time_embed_dim: PositiveInt, num_train_timesteps: int, **sizes: Any):
         super().__init__()
         self.register_buffer("table", sinusoid(num_train_timesteps, time_embed_dim), persistent=False)
         self.time = nn.Linear(time_embed_dim, hidden_dim, bias=False)

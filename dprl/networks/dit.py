@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dprl.networks.attention import SelfAttention
 from dprl.networks.embeddings import ObsLinear, sinusoid, vector_size
 from dprl.networks.weight_cache import PackedLinear, timestep_embedding
+from dprl.utils.types import PositiveInt
 
 
 def _unscaled_norm(hidden_dim: int) -> nn.LayerNorm:
@@ -26,7 +27,7 @@ class DiTBlock(nn.Module):
         num_heads: Number of attention heads.
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int):
+    def __init__(self, hidden_dim: PositiveInt, num_heads: PositiveInt):
         super().__init__()
         self.norm = _unscaled_norm(hidden_dim)
         self.self_attn = SelfAttention(hidden_dim, num_heads, causal=False, dropout=0.0)
@@ -70,10 +71,10 @@ class DiTDenoiser(nn.Module):
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        num_layers: int,
-        num_heads: int,
-        time_embed_dim: int,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
+        num_heads: PositiveInt,
+        time_embed_dim: PositiveInt,
         obs_shape: list[int],
         obs_steps: int,
         act_dim: int,

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dprl.networks.embeddings import ObsLinear, sinusoid, vector_size
 from dprl.networks.weight_cache import PackedLinear, timestep_embedding
-from dprl.utils.errors import UserError, check_numbers
+from dprl.utils.errors import UserError
+from dprl.utils.types import PositiveInt
 
 
 class ResidualBlock(nn.Module):
@@ -20,7 +21,7 @@ class ResidualBlock(nn.Module):
         activation: Name of a class of `torch.nn`.
     """
 
-    def __init__(self, hidden_dim: int, activation: str):
+    def __init__(self, hidden_dim: PositiveInt, activation: str):
         super().__init__()
         act = getattr(nn, activation)
         inner_act = nn.ReLU(inplace=True) if act is nn.ReLU else act()
@@ -54,7 +55,6 @@ def trunk(hidden_dim: int, num_layers: int, activation: str) -> nn.Sequential:
             got=num_layers,
             fix=f"num_layers={max(1, num_layers + 1)}",
         )
-    check_numbers("", least=1, hidden_dim=hidden_dim)
     blocks = [ResidualBlock(hidden_dim, activation) for _ in range((num_layers - 1) // 2)]
     return nn.Sequential(*blocks, getattr(nn, activation)())
 
@@ -82,10 +82,10 @@ class MLPDenoiser(nn.Module):
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        num_layers: int,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
         activation: str,
-        time_embed_dim: int,
+        time_embed_dim: PositiveInt,
         obs_shape: list[int],
         obs_steps: int,
         act_dim: int,

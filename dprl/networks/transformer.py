@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dprl.networks.attention import SelfAttention, attend
 from dprl.networks.embeddings import ObsLinear, sinusoid, vector_size
 from dprl.networks.weight_cache import PackedLinear, timestep_embedding
+from dprl.utils.types import PositiveInt
 
 INIT_STD = 0.02  # of weights and position embeddings
 
@@ -22,7 +23,7 @@ class TransformerBlock(nn.Module):
         dropout: Dropout of attention weights and of the output of each part.
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int, dropout: float):
+    def __init__(self, hidden_dim: PositiveInt, num_heads: PositiveInt, dropout: float):
         super().__init__()
         self.heads, self.dropout = num_heads, dropout
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(3))
@@ -87,9 +88,9 @@ class TransformerDenoiser(nn.Module):
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        num_layers: int,
-        num_heads: int,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
+        num_heads: PositiveInt,
         dropout: float,
         token_dropout: float,
         obs_shape: list[int],

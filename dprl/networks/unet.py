@@ -13,6 +13,7 @@ from torch import Tensor, addcmul, cat, nn, stack
 from dprl.networks.embeddings import ObsLinear, sinusoid, vector_size
 from dprl.networks.weight_cache import PackedLinear, timestep_embedding
 from dprl.utils.errors import UserError
+from dprl.utils.types import PositiveInt
 
 
 def unfold1d(x: Tensor, reach: int, stride: int) -> Tensor:
@@ -176,10 +177,10 @@ class UNetDenoiser(nn.Module):
         self,
         *,
         channels: list[int],
-        kernel_size: int,
-        num_groups: int,
+        kernel_size: PositiveInt,
+        num_groups: PositiveInt,
         activation: str,
-        time_embed_dim: int,
+        time_embed_dim: PositiveInt,
         obs_shape: list[int],
         obs_steps: int,
         act_dim: int,

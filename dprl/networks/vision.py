@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dprl.networks.denoiser import Cond
 from dprl.utils.errors import UserError
+from dprl.utils.types import PositiveInt
 
 GROUP_SIZE = 16  # channels per group of a GroupNorm
 
@@ -98,7 +99,9 @@ class ResNet(nn.Module):
         feature_dim: F.
     """
 
-    def __init__(self, inputs: int, *, channels: int, blocks: list[int], num_keypoints: int, feature_dim: int):
+    def __init__(
+        self, inputs: int, *, channels: int, blocks: list[int], num_keypoints: PositiveInt, feature_dim: PositiveInt
+    ):
         super().__init__()
         parts: list[nn.Module] = [convolution(inputs, channels, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
         previous = channels
@@ -143,8 +146,8 @@ class ObsEncoder(nn.Module):
         *,
         channels: int,
         blocks: list[int],
-        num_keypoints: int,
-        feature_dim: int,
+        num_keypoints: PositiveInt,
+        feature_dim: PositiveInt,
         crop: float,
         shared: bool,
         obs_shape: Mapping[str, list[int]],

@@ -13,6 +13,7 @@ from dprl.networks.embeddings import ObsLinear
 from dprl.networks.normalizer import Obs
 from dprl.policies.autoregressive import AutoregressivePolicy
 from dprl.policies.base import masked_mean
+from dprl.utils.types import PositiveInt
 
 KMEANS_SEED = 0  # fixed, so that the bins depend on the data alone
 KMEANS_ITERATIONS = 100  # at most
@@ -80,10 +81,10 @@ class BeTPolicy(AutoregressivePolicy):
     def __init__(
         self,
         *,
-        bins: int,
-        hidden_dim: int,
-        num_layers: int,
-        num_heads: int,
+        bins: PositiveInt,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
+        num_heads: PositiveInt,
         dropout: float,
         focal_gamma: float,
         offset_weight: float,

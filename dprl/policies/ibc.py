@@ -16,6 +16,7 @@ from dprl.networks.mlp import trunk
 from dprl.networks.normalizer import Obs
 from dprl.policies.base import ChunkPolicy
 from dprl.utils.errors import UserError
+from dprl.utils.types import PositiveInt
 
 Energy = Callable[[Tensor], Tensor]  # normalised chunks [N, J, H, A] -> [N, J]
 
@@ -138,8 +139,8 @@ class IBCPolicy(ChunkPolicy):
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        num_layers: int,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
         activation: str,
         bound: float,
         negatives: int,

@@ -17,6 +17,7 @@ from dprl.networks.mlp import trunk
 from dprl.networks.normalizer import Obs
 from dprl.policies.autoregressive import AutoregressivePolicy
 from dprl.policies.base import masked_mean
+from dprl.utils.types import PositiveInt
 
 
 class LSTMGMMPolicy(AutoregressivePolicy):
@@ -44,10 +45,10 @@ class LSTMGMMPolicy(AutoregressivePolicy):
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        num_layers: int,
+        hidden_dim: PositiveInt,
+        num_layers: PositiveInt,
         activation: str,
-        lstm_layers: int,
+        lstm_layers: PositiveInt,
         modes: int,
         min_std: float,
         eval_std: float | None,

@@ -11,6 +11,7 @@ from dprl.networks.embeddings import ObsLinear, vector_size
 from dprl.networks.mlp import trunk
 from dprl.networks.normalizer import Obs
 from dprl.policies.base import ChunkPolicy, masked_mse
+from dprl.utils.types import PositiveInt
 
 
 class RegressionPolicy(ChunkPolicy):
@@ -23,7 +24,7 @@ class RegressionPolicy(ChunkPolicy):
         **sizes: Arguments of `ChunkPolicy`.
     """
 
-    def __init__(self, *, hidden_dim: int, num_layers: int, activation: str, **sizes: Any):
+    def __init__(self, *, hidden_dim: PositiveInt, num_layers: PositiveInt, activation: str, **sizes: Any):
         super().__init__(**sizes)
         self.net = nn.Sequential(
             nn.Flatten(),

@@ -35,36 +35,3 @@ def require(condition: bool, what: str, *, expected: object, got: object, fix: o
     """
     if not condition:
         raise UserError(what, expected=expected, got=got, fix=fix)
-
-
-Bound = float | None
-
-
-def check_numbers(
-    prefix: str, *, least: Bound = None, above: Bound = None, most: Bound = None, below: Bound = None, **values: Any
-) -> None:
-    """Check that settings are null or numbers within bounds. NaN is never within bounds.
-
-    Args:
-        prefix: Path of the section that holds the settings, for example `train.`.
-        least: Inclusive lower bound.
-        above: Exclusive lower bound.
-        most: Inclusive upper bound.
-        below: Exclusive upper bound.
-        **values: The settings, by name.
-
-    Raises:
-        UserError: If a setting is out of range.
-    """
-    bounds = {"at least": least, "more than": above, "at most": most, "less than": below}
-    words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
-    for key, value in values.items():
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        good = good and (least is None or value >= least) and (above is None or value > above)
-        if value is not None and not (good and (most is None or value <= most) and (below is None or value < below)):
-            raise UserError(
-                f"{prefix}{key} is out of range",
-                expected=f"a number, {words}",
-                got=value,
-                fix=f"{prefix}{key}=<a number, {words}>",
-            )

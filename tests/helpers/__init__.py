@@ -1,1 +1,1 @@
-"""What tests share: toy environments, small policies, short runs of the programs, damaged files."""
+"""Helpers shared by the tests: toy environments, small policies, short runs of the programs, damaged files."""

@@ -3,7 +3,7 @@
 dprl demos                                             # writes data/avoid-0.hdf5
 python pretrain.py                                     # -> runs/avoid-bc-0
 python pretrain.py task=hopper data.path=hopper-medium.hdf5
-python pretrain.py policy=regression out=runs/avoid-mse-0
+python pretrain.py policy=regression out=runs/avoid-regression-0
 python pretrain.py resume=runs/avoid-bc-0              # continue after an interruption
 python pretrain.py --help
 """

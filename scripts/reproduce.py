@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,17 +53,22 @@ def copy(source: str, target: Path) -> None:
     shutil.copy(source, target)
 
 
-def train(program: str, experiment: str, run: str, *overrides: str) -> Step:
-    """Return a step that trains `experiment` in runs/<run>-<seed> and copies its result; `run` is `<task>-<name>`.
+def train(program: str, task: str, name: str, *overrides: str, experiment: str | None = None) -> Step:
+    """Return a step that trains in runs/<task>-<name>-<seed> and copies the result.
 
-    Results keep the names that version 0.1 gave them, which may differ from those of the experiments. {seed} and {data}
-    are replaced in `overrides`.
+    Args:
+        program: `pretrain` or `finetune`.
+        task: The task.
+        name: Name of the run.
+        *overrides: Settings, in which {seed} and {data} are replaced.
+        experiment: The recipe; None for `<task>_<name>`.
     """
+    run = f"{task}-{name}"
 
     def step(seed: int, data: Path) -> None:
         out = f"runs/{run}-{seed}"
         if not Path(out, "result.json").is_file():
-            settings = [f"experiment={experiment}", f"name={run.partition('-')[2]}", f"seed={seed}", f"out={out}"]
+            settings = [f"experiment={experiment or f'{task}_{name}'}", f"name={name}", f"seed={seed}", f"out={out}"]
             settings += [override.format(seed=seed, data=data) for override in overrides]
             execute("-m", "dprl", program, *settings, "resume=auto")
         copy(f"{out}/result.json", RESULTS / f"{run}-{seed}.json")
@@ -70,14 +76,7 @@ def train(program: str, experiment: str, run: str, *overrides: str) -> Step:
     return step
 
 
-def pretrain(experiment: str, run: str, *overrides: str) -> Step:
-    """Return a step of behavior cloning; see `train`."""
-    return train("pretrain", experiment, run, *overrides)
-
-
-def finetune(experiment: str, run: str, *overrides: str) -> Step:
-    """Return a step of fine-tuning; see `train`."""
-    return train("finetune", experiment, run, *overrides)
+pretrain, finetune = partial(train, "pretrain"), partial(train, "finetune")
 
 
 def baseline(name: str, env_steps: int) -> Step:
@@ -137,12 +136,18 @@ def sweep_figure(name: str, run: str, key: str) -> Step:
 
 def modes(seed: int, data: Path) -> None:
     """Count the modes of `avoid` that each policy uses, and draw their paths."""
-    runs = {"MSE regression": "mse", "LSTM-GMM": "lstm_gmm", "implicit BC": "implicit", "BeT": "bet", "diffusion": "bc"}
-    runs |= {"diffusion + DPPO": "dppo", "diffusion + DPPO + KL": "dppo_ways"}
+    runs = {
+        "MSE regression": "regression",
+        "LSTM-GMM": "lstm_gmm",
+        "implicit BC": "ibc",
+        "BeT": "bet",
+        "diffusion": "bc",
+    }
+    runs |= {"diffusion + DPPO": "dppo", "diffusion + DPPO + KL": "dppo_modes"}
     named = [f"{label}=runs/avoid-{name}-{seed}" for label, name in runs.items()]
     out = f"runs/avoid-modes-{seed}"
     execute(str(ROOT / "examples" / "avoid_modes.py"), f"data/avoid-{seed}.hdf5", *named, "--out", out)
-    copy(f"{out}/modes.json", RESULTS / "sweeps" / f"avoid-ways-{seed}.json")
+    copy(f"{out}/modes.json", RESULTS / "sweeps" / f"avoid-modes-{seed}.json")
 
 
 def first_seed(step: Step) -> Step:
@@ -161,10 +166,10 @@ def logged(task: str, dataset: str) -> list[Step]:
     policy, critic = (f"runs/{task}-{name}_{dataset}-{{seed}}" for name in ("bc", "idql"))
     guidance = (path, f"policy_from={policy}", f"algo.critic_from={critic}")
     return [
-        pretrain(f"{task}_bc_small", f"{task}-bc_{dataset}", path),
-        finetune(f"{task}_idql", f"{task}-idql_{dataset}", path, f"policy_from={policy}"),
-        finetune(f"{task}_guided", f"{task}-guided_{dataset}", *guidance),
-        finetune(f"{task}_guided_ranked", f"{task}-both_{dataset}", *guidance),
+        pretrain(task, f"bc_{dataset}", path, experiment=f"{task}_bc_small"),
+        finetune(task, f"idql_{dataset}", path, f"policy_from={policy}", experiment=f"{task}_idql"),
+        finetune(task, f"guided_{dataset}", *guidance, experiment=f"{task}_guided"),
+        finetune(task, f"guided_ranked_{dataset}", *guidance, experiment=f"{task}_guided_ranked"),
         figure(f"{task}_guided_{dataset}", f"{task}-guided_{dataset}", "choices"),
     ]
 
@@ -177,17 +182,12 @@ def candidates(run: str) -> list[Step]:
     ]
 
 
-def zarr(task: str, experiment: str, name: str) -> Step:
+def pusht(task: str, name: str) -> Step:
     """Return a step of behavior cloning on Push-T."""
-    path = "data.path={data}/pusht_cchi_v7_replay.zarr.zip"
-    return pretrain(f"{task}_{experiment}", f"{task}-{name}", path)
+    return pretrain(task, name, "data.path={data}/pusht_cchi_v7_replay.zarr.zip")
 
 
-def keypoints(experiment: str, name: str | None = None) -> Step:
-    """Return a step of behavior cloning on Push-T from keypoints."""
-    return zarr("pusht_keypoints", experiment, name or experiment)
-
-
+keypoints = partial(pusht, "pusht_keypoints")
 UNET = "pusht_keypoints-unet_small"
 ACTING = ("threads=1", "n=100")
 D4RL, ZARR = "D4RL-layout HDF5 files", "the demonstrations of Push-T"
@@ -195,49 +195,47 @@ PIPELINES = {
     "avoid": Pipeline(
         [
             demonstrations,
-            pretrain("avoid_bc", "avoid-bc"),
-            pretrain("avoid_regression", "avoid-mse"),
-            finetune("avoid_dppo", "avoid-dppo"),
-            finetune("avoid_dppo_fp32", "avoid-dppo_fp32"),
+            pretrain("avoid", "bc"),
+            pretrain("avoid", "regression"),
+            finetune("avoid", "dppo"),
+            finetune("avoid", "dppo_fp32"),
             figure("avoid", "avoid-dppo"),
         ]
     ),
-    "predict": Pipeline(
-        [pretrain("avoid_bc_epsilon", "avoid-bc_noise"), pretrain("avoid_bc_v_prediction", "avoid-bc_v")]
-    ),
+    "predict": Pipeline([pretrain("avoid", "bc_epsilon"), pretrain("avoid", "bc_v_prediction")]),
     "modes": Pipeline(
         [
-            finetune("avoid_dppo_modes", "avoid-dppo_ways"),
-            finetune("avoid_dppo_modes_bf16", "avoid-dppo_ways_bf16"),
-            figure("avoid_modes", "avoid-dppo_ways"),
+            finetune("avoid", "dppo_modes"),
+            finetune("avoid", "dppo_modes_bf16"),
+            figure("avoid_modes", "avoid-dppo_modes"),
         ]
     ),
     "compared": Pipeline(
         [
-            pretrain("avoid_lstm_gmm", "avoid-lstm_gmm"),
-            pretrain("avoid_ibc", "avoid-implicit"),
-            pretrain("avoid_bet", "avoid-bet"),
+            pretrain("avoid", "lstm_gmm"),
+            pretrain("avoid", "ibc"),
+            pretrain("avoid", "bet"),
             modes,
             figure("avoid_policies", "avoid-modes", "modes"),
         ]
     ),
     "online": Pipeline(
         [
-            finetune("avoid_idql", "avoid-idql"),
-            finetune("avoid_guided_keep_out", "avoid-guided_clear"),
-            figure("avoid_guided", "avoid-guided_clear"),
-            finetune("avoid_guided", "avoid-guided"),
-            finetune("avoid_guided_ranked", "avoid-both"),
-            finetune("avoid_guided_rollouts", "avoid-guided_rollouts"),
+            finetune("avoid", "idql"),
+            finetune("avoid", "guided_keep_out"),
+            figure("avoid_guided", "avoid-guided_keep_out"),
+            finetune("avoid", "guided"),
+            finetune("avoid", "guided_ranked"),
+            finetune("avoid", "guided_rollouts"),
             baseline("sac", 100_000),
             baseline("ppo", 400_000),
         ]
     ),
     "hopper": Pipeline(
         [
-            pretrain("hopper_bc", "hopper-bc", "data.path={data}/hopper-medium.hdf5"),
-            finetune("hopper_dppo", "hopper-dppo"),
-            finetune("hopper_dppo_fp32", "hopper-dppo_fp32"),
+            pretrain("hopper", "bc", "data.path={data}/hopper-medium.hdf5"),
+            finetune("hopper", "dppo"),
+            finetune("hopper", "dppo_fp32"),
         ],
         seeds=(0, 1),
         data=D4RL,
@@ -258,7 +256,7 @@ PIPELINES = {
     ),
     "returns": Pipeline(
         [
-            pretrain("hopper_bc_return", "hopper-bc_return", "data.path={data}/hopper-medium-replay.hdf5"),
+            pretrain("hopper", "bc_return", "data.path={data}/hopper-medium-replay.hdf5"),
             sweep("hopper-bc_return", "condition.weight=0,1,1.5,2,3", "condition.target=0.7,0.9,1.1"),
         ],
         data=D4RL,
@@ -287,15 +285,13 @@ PIPELINES = {
             keypoints("short_unet_small"),
             keypoints("short_regression"),
             keypoints("short_lstm_gmm"),
-            keypoints("short_ibc", "short_implicit"),
+            keypoints("short_ibc"),
             keypoints("short_bet"),
         ],
         seeds=(0,),
         data=ZARR,
     ),
-    "pusht_image": Pipeline(
-        [zarr("pusht_image", "unet_small", "unet_image_small"), keypoints("blind")], seeds=(0,), data=ZARR
-    ),
+    "pusht_image": Pipeline([pusht("pusht_image", "unet_small"), keypoints("blind")], seeds=(0,), data=ZARR),
 }
 
 

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dprl.training import legacy
+
 ROOT = Path(__file__).parent.parent
 RENAMED = {  # of a commit that has scripts/demonstrations.py: names before version 0.2
     "algo.actor.ft_denoising_steps": "algo.actor.tuned_steps",
@@ -89,12 +91,12 @@ def numbers(run: Path) -> tuple[list[dict], dict]:
     """Return the metrics of a run without times, and its results."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-    result = json.loads((run / "result.json").read_text())
-    kept = ("bc", "tuned", "env_steps", "evaluation_env_steps", "best_iteration")
+    result = legacy.upgrade_result(json.loads((run / "result.json").read_text()))
+    kept = ("pretrained", "finetuned", "env_steps", "evaluation_env_steps", "best_iteration")
     summaries = {
         key: dict(result[key]) if isinstance(result[key], dict) else result[key] for key in kept if key in result
     }
-    for side in ("bc", "tuned"):
+    for side in ("pretrained", "finetuned"):
         if "modes" in summaries.get(side, {}):
             summaries[side]["modes"] = {key: value for key, value in summaries[side]["modes"].items() if key != "key"}
     return metrics, summaries

@@ -22,21 +22,27 @@ Result = dict[str, Any]
 Groups = dict[tuple[str, str], list[Result]]  # results by (task, name), in order of their seeds
 
 PREDICTION = {
-    "mse": "MSE regression",
-    "bc_noise": "BC, epsilon prediction",
-    "bc_v": "BC, v prediction",
+    "regression": "MSE regression",
+    "bc_epsilon": "BC, epsilon prediction",
+    "bc_v_prediction": "BC, v prediction",
     "bc": "BC, sample prediction",
 }
-POLICIES = {"mse": "MSE regression", "lstm_gmm": "LSTM-GMM", "implicit": "implicit BC", "bet": "BeT", "bc": "diffusion"}
+POLICIES = {
+    "regression": "MSE regression",
+    "lstm_gmm": "LSTM-GMM",
+    "ibc": "implicit BC",
+    "bet": "BeT",
+    "bc": "diffusion",
+}
 METHODS = PREDICTION | {
     "dppo": "DPPO",
     "dppo_fp32": "DPPO in float32",
-    "dppo_ways": "DPPO with the regulariser",
-    "dppo_ways_bf16": "the same in bfloat16",
+    "dppo_modes": "DPPO with the regulariser",
+    "dppo_modes_bf16": "the same in bfloat16",
     "idql": "IDQL, offline then online",
-    "guided_clear": "guided out of the obstacles",
+    "guided_keep_out": "guided out of the obstacles",
     "guided": "guided by IDQL's critic",
-    "both": "guided and ranked by IDQL's critic",
+    "guided_ranked": "guided and ranked by IDQL's critic",
     "guided_rollouts": "guided and ranked, critic of rollouts",
     "sac": "Gaussian SAC",
     "ppo": "Gaussian PPO",
@@ -49,16 +55,13 @@ SHORT = {
     ("pusht_keypoints", "short_unet_small"): "diffusion (U-Net, small)",
     ("pusht_keypoints", "short_regression"): "MSE regression",
     ("pusht_keypoints", "short_lstm_gmm"): "LSTM-GMM",
-    ("pusht_keypoints", "short_implicit"): "implicit BC",
+    ("pusht_keypoints", "short_ibc"): "implicit BC",
     ("pusht_keypoints", "short_bet"): "BeT",
 }
-IMAGES = {("pusht_image", "unet_image_small"): "image and agent", ("pusht_keypoints", "blind"): "agent alone"}
+IMAGES = {("pusht_image", "unet_small"): "image and agent", ("pusht_keypoints", "blind"): "agent alone"}
 DATASETS = {"medium_replay": "medium-replay", "medium": "medium"}  # endings of the names of runs on logged data
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 TRAINING = ["steps x batch", "minutes"]
-# names in files that version 0.1 wrote, and what they are called since
-OLD_SETTINGS = {"schedule.sample_steps": "schedule.num_inference_steps"}
-OLD_LABELS = {"diffusion + DPPO, held": "diffusion + DPPO + KL"}
 
 
 def load(folder: str = "results") -> Groups:
@@ -76,11 +79,8 @@ def load(folder: str = "results") -> Groups:
 
 
 def sweep_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a sweep's file, with present names of settings."""
-    rows = read_json(path)["rows"] if path.is_file() else []
-    for row in rows:
-        row["settings"] = {OLD_SETTINGS.get(key, key): value for key, value in row["settings"].items()}
-    return rows
+    """Return the rows of a sweep's file; none if it does not exist."""
+    return read_json(path)["rows"] if path.is_file() else []
 
 
 def mean(values: list[float], digits: int = 0) -> str:
@@ -91,8 +91,7 @@ def mean(values: list[float], digits: int = 0) -> str:
 
 def dataset(name: str, method: str) -> str | None:
     """Return the dataset of a run of `method` on logged data: `idql_medium` -> `medium`."""
-    head, _, data = name.partition("_")
-    return DATASETS.get(data) if head == method else None
+    return DATASETS.get(name.removeprefix(f"{method}_")) if name.startswith(f"{method}_") else None
 
 
 def main_table(groups: Groups, names: Iterable[str]) -> str:
@@ -100,14 +99,14 @@ def main_table(groups: Groups, names: Iterable[str]) -> str:
     rows = []
     for (task, name), results in groups.items():
         for result in results if name in names else ():
-            after = result.get("tuned")  # None for a cloned policy
-            side = after or result["bc"]
+            after = result.get("finetuned")  # None for a cloned policy
+            side = after or result["pretrained"]
             rows.append(
                 [
                     task,
                     METHODS[name],
                     str(result["seed"]),
-                    measure(result["bc"]) if after and "bc" in result else "",
+                    measure(result["pretrained"]) if after and "pretrained" in result else "",
                     measure(side),
                     str(side["n"]),
                     f"{result['env_steps']:,}" if after else "",
@@ -125,7 +124,7 @@ def again_table(before: Groups, after: Groups) -> str:
         both = ([result for result in before[key] if result["seed"] in seeds], results)
         cells = [
             mean([100 * run[side]["success"] for run in runs], digits=1) if side in runs[0] else ""
-            for side in ("bc", "tuned")
+            for side in ("pretrained", "finetuned")
             for runs in both
         ]
         rows.append([key[0], METHODS[key[1]], str(len(seeds)), *cells])
@@ -137,13 +136,13 @@ def modes_table(groups: Groups, method: str) -> str:
     rows = []
     for (_, name), results in groups.items():
         for result in results:
-            if name.startswith(method) and "modes" in result["tuned"]:
-                before, after = result["bc"]["modes"], result["tuned"]["modes"]
+            if name.startswith(method) and "modes" in result["finetuned"]:
+                before, after = result["pretrained"]["modes"], result["finetuned"]["modes"]
                 rows.append(
                     [
                         METHODS[name],
                         str(result["seed"]),
-                        measure(result["tuned"]),
+                        measure(result["finetuned"]),
                         f"{before['count']} -> {after['count']}",
                         f"{before['entropy']:.2f} -> {abs(after['entropy']):.2f}",
                         f"{result['env_steps']:,}",
@@ -154,14 +153,14 @@ def modes_table(groups: Groups, method: str) -> str:
 
 def policy_modes_table() -> str:
     """Return the modes of `avoid` that each policy uses, as counted by examples/avoid_modes.py."""
-    files = [read_json(path)["policies"] for path in sorted(SWEEPS.glob("avoid-ways-*.json"))]
+    files = [read_json(path)["policies"] for path in sorted(SWEEPS.glob("avoid-modes-*.json"))]
     rows = []
     for name in files[0] if files else ():
         sides = [file[name] for file in files]
         success = ", ".join(f"{100 * side['success']:.1f}" for side in sides)
         count = ", ".join(str(side["modes"]["count"]) for side in sides)
         entropy = ", ".join(f"{abs(side['modes']['entropy']):.2f}" for side in sides)
-        rows.append([OLD_LABELS.get(name, name), success, count, entropy, str(sides[0]["n"])])
+        rows.append([name, success, count, entropy, str(sides[0]["n"])])
     return markdown(rows, ["policy", "success %, each seed", "modes", "entropy, nats", "episodes"])
 
 
@@ -171,7 +170,7 @@ def offline_table(groups: Groups) -> str:
     for (task, name), results in groups.items():
         data = dataset(name, "idql")
         for result in results if data else ():
-            before, after, gain = result["bc"], result["tuned"], result["gain"]["return"]
+            before, after, gain = result["pretrained"], result["finetuned"], result["gain"]["return"]
             rows.append(
                 [
                     f"{task}-{data}",
@@ -210,19 +209,25 @@ def guided_table(groups: Groups) -> str:
     """Return BC, ranked, guided, and both on the same episodes, a row for each seed."""
     runs = {}
     for (task, name), results in groups.items():
-        method, _, ending = name.partition("_")
-        if method in ("idql", "guided", "both") and (not ending or ending in DATASETS):
-            data = f"{task}-{DATASETS[ending]}" if ending else task
-            runs |= {(data, result["seed"], method): result for result in results}
+        for method in ("idql", "guided", "guided_ranked"):
+            data = task if name == method else f"{task}-{dataset(name, method)}"
+            if name == method or dataset(name, method):
+                runs |= {(data, result["seed"], method): result for result in results}
     rows = []
     for data, seed in sorted({(data, seed) for data, seed, method in runs if method == "guided"}):
         guided = runs[data, seed, "guided"]
-        ranked, both = (runs.get((data, seed, method)) for method in ("idql", "both"))
-        cells = [f"{measure(run['tuned'])} ({best_scale(run)})" if run else "" for run in (guided, both)]
+        ranked, both = (runs.get((data, seed, method)) for method in ("idql", "guided_ranked"))
+        cells = [f"{measure(run['finetuned'])} ({best_scale(run)})" if run else "" for run in (guided, both)]
         ratios = [
-            f"{run['tuned']['return'] / run['bc']['return']:.2f}" if run else "" for run in (ranked, guided, both)
+            f"{run['finetuned']['return'] / run['pretrained']['return']:.2f}" if run else ""
+            for run in (ranked, guided, both)
         ]
-        cells = [measure(guided["bc"]), measure(ranked["tuned"]) if ranked else "", *cells, ", ".join(ratios)]
+        cells = [
+            measure(guided["pretrained"]),
+            measure(ranked["finetuned"]) if ranked else "",
+            *cells,
+            ", ".join(ratios),
+        ]
         rows.append([data, str(seed), *cells])
     columns = ["data", "seed", "BC", "ranked", "guided (scale)", "guided and ranked (scale)", "ratios to BC"]
     return markdown(rows, columns)
@@ -231,7 +236,7 @@ def guided_table(groups: Groups) -> str:
 def best_scale(result: Result) -> str:
     """Return the guidance scale that validation chose."""
     best = result["best_iteration"]
-    return next(f"{point['choice/scale']:g}" for point in result["curve"] if point["step"] == best)
+    return next(f"{point['choice/scale']:g}" for point in result["history"] if point["step"] == best)
 
 
 def sweep_table(name: str) -> str:
@@ -260,8 +265,14 @@ def success_table(groups: Groups, task: str, names: dict[str, str], *, cost: boo
     rows = []
     for name, title in names.items():
         for result in groups.get((task, name), ()):
-            curve = ", ".join(f"{100 * point['evaluation/success']:.0f}" for point in result["curve"])
-            row = [title, str(result["seed"]), curve, measure(result["bc"]), str(result["bc"]["modes"]["count"])]
+            curve = ", ".join(f"{100 * point['evaluation/success']:.0f}" for point in result["history"])
+            row = [
+                title,
+                str(result["seed"]),
+                curve,
+                measure(result["pretrained"]),
+                str(result["pretrained"]["modes"]["count"]),
+            ]
             rows.append(row + (training_cost(result) if cost else []))
     columns = ["policy", "seed", "success % along training", "success at the end, 95 % CI", "modes used"]
     return markdown(rows, columns + (TRAINING if cost else []))
@@ -272,7 +283,10 @@ def coverage_table(groups: Groups, names: dict[tuple[str, str], str], *, profile
     rows = []
     for key, title in names.items():
         for result in groups.get(key, ()):
-            side, curve = result["bc"], [f"{point['evaluation/max_coverage']:.2f}" for point in result["curve"]]
+            side, curve = (
+                result["pretrained"],
+                [f"{point['evaluation/max_coverage']:.2f}" for point in result["history"]],
+            )
             success = interval(side["success"], side["success_ci95"], scale=100)
             cells = [coverage(side), success, str(side["n"]), ", ".join(curve), *training_cost(result)]
             rows.append([title, str(result["seed"]), *cells, *(training_speed(result) if profiled else ())])
@@ -343,7 +357,7 @@ def pages(speed: dict[str, Any]) -> dict[str, dict[str, str]]:
     }
     unet = "pusht_keypoints-unet_small-0"
     return {
-        "README.md": {"results": main_table(groups, ("mse", "dppo"))},
+        "README.md": {"results": main_table(groups, ("regression", "dppo"))},
         "docs/cloning.md": {
             "results": success_table(groups, "avoid", PREDICTION),
             "compared": success_table(groups, "avoid", POLICIES, cost=True),
@@ -365,17 +379,17 @@ def pages(speed: dict[str, Any]) -> dict[str, dict[str, str]]:
         },
         "docs/guided.md": {
             "results": guided_table(groups),
-            "function": main_table(groups, ("guided_clear",)),
+            "function": main_table(groups, ("guided_keep_out",)),
             "cost": benchmark_tables.cost(speed, "guided"),
             "rollouts": main_table(groups, ("guided_rollouts",)),
             "returns": grid_table("hopper-bc_return-*.json", "condition.target", "condition.weight"),
             "normalize": grid_table("hopper-guided_medium_replay-*.json", "normalize", "scale"),
-            "modes": modes_table(groups, "guided_clear"),
+            "modes": modes_table(groups, "guided_keep_out"),
         },
         "docs/resuming.md": {"chaos": chaos_table()},
         "docs/performance.md": performance | benchmark_tables.precision_tables(precision),
         "docs/dppo.md": {
-            "results": main_table(groups, ("dppo", "dppo_ways", "dppo_ways_bf16")),
+            "results": main_table(groups, ("dppo", "dppo_modes", "dppo_modes_bf16")),
             "modes": modes_table(groups, "dppo"),
         },
     }

@@ -182,7 +182,7 @@ Runs whole episodes of the policy of a run or of one checkpoint, with the task a
 
 dprl evaluate runs/avoid-dppo-0                          # repeats the run's final evaluation
 dprl evaluate runs/avoid-bc-0 runs/avoid-dppo-0 n=1000 seed=50000
-dprl evaluate runs/avoid-dppo-0/base                     # the policy that the run started from
+dprl evaluate runs/avoid-dppo-0/pretrained               # the policy that the run started from
 
 Prints success and return with 95 % intervals, and writes <run>/evaluations/<checkpoint>-seed<seed>-n<n>.json.
 Results equal those of the run if n, seed, num_envs, threads and device do.

@@ -163,8 +163,8 @@ def write_result(cfg: DictConfig, run_dir: run.RunDir, final: Evaluation, *, env
         **run.identity(cfg),
         "env_steps": env_steps,
         "train_seconds": seconds,
-        "tuned": final.summary(factory.modes(cfg)),
-        "curve": history(run_dir.folder, "validation/"),
+        "finetuned": final.summary(factory.modes(cfg)),
+        "history": history(run_dir.folder, "validation/"),
     }
     write_json(run_dir.folder / "result.json", result)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dprl.cli.arguments import COMPARE
-from dprl.training import logging, report
+from dprl.training import legacy, logging, report
 from dprl.utils.errors import UserError
 from dprl.utils.files import read_mapping, replacing
 
@@ -49,4 +49,5 @@ def read_result(run: Path) -> dict[str, Any]:
             got="no result.json",
             fix=f"resume={run} to complete the run, or leave it out",
         )
-    return read_mapping(run / "result.json", "task", "algo", "seed", "env_steps", "train_seconds")
+    result = read_mapping(run / "result.json", "task", "algo", "seed", "env_steps", "train_seconds")
+    return legacy.upgrade_result(result)

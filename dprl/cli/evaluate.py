@@ -77,7 +77,7 @@ def evaluate_runs(
             "threads": torch.get_num_threads(),
         }
         write_json(file, settings | {"evaluation": summary, "versions": versions(), "machine": machine()})
-        results[path] = {"tuned": summary, "env_steps": None, "train_seconds": None}
+        results[path] = {"finetuned": summary, "env_steps": None, "train_seconds": None}
         files.append(file)
     print(f"\n{report.table(results)}")
     for file in files:

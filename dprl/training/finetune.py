@@ -73,7 +73,7 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
         compile_denoiser(policy)
 
     def copy_checkpoints(path: Path) -> None:
-        checkpoint.save(path / "base", policy, node=start.node, task=start.task, trainer={})
+        checkpoint.save(path / "pretrained", policy, node=start.node, task=start.task, trainer={})
         for name, source in referenced.items():
             checkpoint.copy(source, path / name)
 
@@ -116,16 +116,16 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
         "train_seconds": seconds,
         "best_iteration": int(best.path.name),
         "iterations": algo.step,
-        "bc": before.summary(modes),
-        "tuned": after.summary(modes),
+        "pretrained": before.summary(modes),
+        "finetuned": after.summary(modes),
         "gain": gain(before, after),
-        "curve": history(folder, "validation/", "choice/"),
+        "history": history(folder, "validation/", "choice/"),
     }
     if parts := timer.report():
         result["profile"] = parts
         print(report.profile_table(parts))
     write_comparison(folder, result, before, after, plot)
-    write_choices(folder, result["curve"])
+    write_choices(folder, result["history"])
     write_json(folder / "result.json", result)  # last: a run that has this file is complete
     return folder
 

@@ -92,6 +92,7 @@ SETTINGS = {  # settings that were renamed, by their present target
 }
 RUN_SETTINGS = {"width": "hidden_dim", "levels": "num_train_timesteps"}  # at the top of a run's config
 TRAIN_SETTINGS = {"batch": "batch_size"}
+RESULT = {"bc": "pretrained", "tuned": "finetuned", "curve": "history"}  # at the top of `result.json`
 PREDICTION_TYPES = {"noise": "epsilon", "clean": "sample", "v": "v_prediction"}
 
 WEIGHTS = [  # in sequence; each pattern stands for whole attributes of modules
@@ -144,6 +145,11 @@ def upgrade_config(node: Any) -> Any:
     if isinstance(out.get("train"), dict):
         out["train"] = _renamed(out["train"], TRAIN_SETTINGS)
     return _upgrade_avoid(out)
+
+
+def upgrade_result(result: dict[str, Any]) -> dict[str, Any]:
+    """Translate the keys of a `result.json`, of any version."""
+    return _renamed(result, RESULT)
 
 
 def _target(node: dict[str, Any]) -> str:

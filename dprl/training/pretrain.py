@@ -87,8 +87,8 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
         "env_steps": 0,
         "gradient_steps": algo.step,
         "train_seconds": seconds,
-        "bc": final.summary(modes),
-        "curve": history(folder, "evaluation/"),
+        "pretrained": final.summary(modes),
+        "history": history(folder, "evaluation/"),
     }
     if parts := timer.report():
         result["profile"] = parts

@@ -11,7 +11,7 @@ from dprl.utils.files import replacing
 
 Draw = Callable[[Any, Evaluation], None]  # draws episodes on a matplotlib axis
 SOLVED, FAILED = "#1f6fb4", "#d1495b"  # colours
-SIDES = ("bc", "tuned")  # a result holds a cloned policy, a fine-tuned one, or both
+SIDES = ("pretrained", "finetuned")  # a result holds a cloned policy, a fine-tuned one, or both
 
 
 def interval(value: float | None, ci: Sequence[float] | None, *, scale: float = 1.0, digits: int = 1) -> str:
@@ -83,8 +83,8 @@ def rows(name: str, result: dict[str, Any], measured: Sequence[str] = ()) -> lis
     sides = [side for side in SIDES if side in result]
     if len(sides) == 1:
         return [side_row(name, result[sides[0]], **training)]
-    before = side_row(f"{name}: BC", result["bc"], env_steps=None, seconds=None, measured=measured)
-    return [before, side_row(f"{name}: tuned", result["tuned"], **training)]
+    before = side_row(f"{name}: BC", result["pretrained"], env_steps=None, seconds=None, measured=measured)
+    return [before, side_row(f"{name}: fine-tuned", result["finetuned"], **training)]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -153,7 +153,7 @@ def before_and_after(before: Evaluation, after: Evaluation, draw: Draw) -> Any:
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained")
-    for axis, evaluation, name in ((axes[0], before, "BC"), (axes[1], after, "tuned")):
+    for axis, evaluation, name in ((axes[0], before, "BC"), (axes[1], after, "fine-tuned")):
         draw(axis, evaluation)
         what = "return" if evaluation.success is None else "success"
         summary = evaluation.summary()
@@ -234,7 +234,7 @@ def curves(runs: dict[str, list[dict[str, Any]]], key: str) -> Any:
 
 def headline(side: dict[str, Any]) -> str:
     """Return the metric that a task is judged by: its own first metric, else success, else return."""
-    own = measures({"bc": side})
+    own = measures({"pretrained": side})
     if own:
         return own[0]
     return "return" if side["success"] is None else "success"

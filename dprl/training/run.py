@@ -207,8 +207,8 @@ def use_local_copies(cfg: DictConfig, folder: Path) -> DictConfig:
         folder: The run's folder.
     """
     local = cfg.copy()
-    if (folder / "base").exists():
-        local.policy_from = str(folder / "base")
+    if (folder / "pretrained").exists():
+        local.policy_from = str(folder / "pretrained")
     copies = {value: str(folder / name) for name, value in _references(cfg).items() if (folder / name).exists()}
 
     def replaced(node: Any) -> Any:

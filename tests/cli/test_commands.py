@@ -14,12 +14,22 @@ from tests.helpers.programs import CLONE, DPPO, IDQL, TUNE, metrics, result
 
 def test_from_demonstrations_to_a_comparison(command, cloned):
     result = json.loads((cloned / "runs/avoid-bc-0/result.json").read_text())
-    assert (result["task"], result["algo"], result["bc"]["n"]) == ("avoid", "bc", 6)
+    assert (result["task"], result["algo"], result["pretrained"]["n"]) == ("avoid", "bc", 6)
     done = command("finetune.py", *DPPO)
     run = cloned / "runs/avoid-dppo-0"
     result = json.loads((run / "result.json").read_text())
-    assert {"task", "algo", "seed", "env_steps", "train_seconds", "bc", "tuned", "config", "versions"} <= result.keys()
-    for side in ("bc", "tuned"):
+    assert {
+        "task",
+        "algo",
+        "seed",
+        "env_steps",
+        "train_seconds",
+        "pretrained",
+        "finetuned",
+        "config",
+        "versions",
+    } <= result.keys()
+    for side in ("pretrained", "finetuned"):
         assert {"success", "success_ci95", "return", "n"} <= result[side].keys()
         assert result[side]["n"] == 6
     assert 0 < result["env_steps"] <= 1200
@@ -47,7 +57,7 @@ def test_a_run_survives_a_process_and_a_number(command, cloned, tmp_path):
         (tmp_path / "once").unlink(missing_ok=True)
         done = command("finetune.py", *DPPO, *faulty, *what, "+task.env.kwargs.at=150", f"out=runs/{out}")
         assert metrics(cloned / "runs" / out)[-1]["train/dropped_episodes"] == 1, done.stderr
-        assert result(cloned / "runs" / out)["tuned"]["n"] == 6
+        assert result(cloned / "runs" / out)["finetuned"]["n"] == 6
 
 
 def test_offline_training_steps_no_environment_and_its_critic_serves_another_run(command, in_process, cloned):
@@ -95,7 +105,7 @@ def test_guidance_chooses_its_scale_and_composes(in_process, cloned):
     ]
     assert in_process("finetune.py", *small, "algo=guided", "algo.scales=[0,0.1]", "out=runs/guided")[0] == 0
     got = result(cloned / "runs/guided")
-    points = [point for point in got["curve"] if "choice/scale" in point]
+    points = [point for point in got["history"] if "choice/scale" in point]
     assert [point["choice/scale"] for point in points] == [0.0, 0.1]
     assert all(
         {"validation/success_low", "validation/return_high", "validation/value"} <= point.keys() for point in points
@@ -151,7 +161,7 @@ def test_baselines_enter_the_comparison(command, cloned, baseline):
     ]
     command("dprl baseline", *settings)
     got = result(cloned / f"runs/avoid-{baseline}-0")
-    assert got["tuned"]["n"] == 6 and got["env_steps"] >= 96 and "bc" not in got
+    assert got["finetuned"]["n"] == 6 and got["env_steps"] >= 96 and "pretrained" not in got
     table = command("dprl compare", f"runs/avoid-{baseline}-0", "runs/avoid-bc-0").stdout
     assert f"| runs/avoid-{baseline}-0 " in table
 
@@ -210,7 +220,7 @@ def test_episodes_shorter_than_a_chunk_are_legal(command, cloned):
     short = replace(short, ends=ends, terminated=torch.tensor([True, False, True]), last_obs=None)
     d4rl.save(cloned / "short.hdf5", short)
     command("pretrain.py", *CLONE, "data.path=short.hdf5", "out=runs/short")
-    assert result(cloned / "runs/short")["bc"]["n"] == 6
+    assert result(cloned / "runs/short")["pretrained"]["n"] == 6
 
 
 @pytest.mark.parametrize("program", ["pretrain.py", "finetune.py", *(f"dprl {name}" for name in COMMANDS)])

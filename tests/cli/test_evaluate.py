@@ -22,15 +22,15 @@ def tuned(cloned, in_process):
 def test_the_runs_own_table_is_reproduced(tuned, in_process):
     runs = tuned / "runs"
     status, printed = in_process(
-        "dprl evaluate", "runs/avoid-bc-0", "runs/avoid-dppo-0/base", "runs/avoid-dppo-0", "threads=1"
+        "dprl evaluate", "runs/avoid-bc-0", "runs/avoid-dppo-0/pretrained", "runs/avoid-dppo-0", "threads=1"
     )
     assert status == 0, printed
     best = checkpoint.resolve(runs / "avoid-dppo-0").name
     cloned, reported = result(runs / "avoid-bc-0"), result(runs / "avoid-dppo-0")
-    assert evaluation(runs / "avoid-bc-0/evaluations/00000060-seed20000-n6.json") == cloned["bc"]
-    assert evaluation(runs / "avoid-dppo-0/evaluations/base-seed40000-n6.json") == reported["bc"]
+    assert evaluation(runs / "avoid-bc-0/evaluations/00000060-seed20000-n6.json") == cloned["pretrained"]
+    assert evaluation(runs / "avoid-dppo-0/evaluations/pretrained-seed40000-n6.json") == reported["pretrained"]
     again = runs / f"avoid-dppo-0/evaluations/{best}-seed40000-n6.json"
-    assert evaluation(again) == reported["tuned"]
+    assert evaluation(again) == reported["finetuned"]
     assert json.loads(again.read_text())["versions"] == reported["versions"]
     table = (runs / "avoid-dppo-0/comparison.md").read_text().splitlines()
     for line in table[2:]:

@@ -218,8 +218,8 @@ def test_from_demonstrations_to_a_comparison(small, capsys):
         8,
         4,
     )
-    assert {"max_coverage", "max_coverage_ci95", "success"} <= result["bc"].keys()
-    assert all("evaluation/max_coverage" in point for point in result["curve"])
+    assert {"max_coverage", "max_coverage_ci95", "success"} <= result["pretrained"].keys()
+    assert all("evaluation/max_coverage" in point for point in result["history"])
     algo = [
         "algo=dppo",
         "algo.env_steps=300",
@@ -234,7 +234,7 @@ def test_from_demonstrations_to_a_comparison(small, capsys):
     run = finetune(cfg, [])
     result = json.loads((run / "result.json").read_text())
     assert {"max_coverage", "return", "success"} <= result["gain"].keys()
-    best = max(point["validation/max_coverage"] for point in result["curve"][1:])
+    best = max(point["validation/max_coverage"] for point in result["history"][1:])
     assert json.loads((run / "best.json").read_text())["score"] == pytest.approx(best)
     assert "max_coverage, 95 % CI" in (run / "comparison.md").read_text().splitlines()[0]
     assert (run / "comparison.png").stat().st_size > 10_000

@@ -54,7 +54,7 @@ def test_commands_of_docstrings_run(name, tmp_path):
         words = [word for word in words if word.split("=")[0] not in replaced]
         words = [word.replace("=examples/", f"={EXAMPLES}/") for word in words]
         run("-m", "dprl", program, *words, *small, folder=tmp_path)
-    assert result(tmp_path / "runs" / RUNS[name])["tuned"]["n"] == 6
+    assert result(tmp_path / "runs" / RUNS[name])["finetuned"]["n"] == 6
 
 
 def test_modes_of_policies_are_counted(cloned):

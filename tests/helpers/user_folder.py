@@ -135,7 +135,8 @@ def _runs() -> None:
     bc = make_run("avoid-bc-0")
     side = {"success": None, "success_ci95": None, "return": 1.0, "return_ci95": [0.0, 2.0], "n": 6}
     write_json(
-        bc / "result.json", {"task": "avoid", "algo": "bc", "seed": 0, "env_steps": 0, "train_seconds": 1.0, "bc": side}
+        bc / "result.json",
+        {"task": "avoid", "algo": "bc", "seed": 0, "env_steps": 0, "train_seconds": 1.0, "pretrained": side},
     )
     (bc / "metrics.jsonl").write_text(json.dumps({"step": 60, "seconds": 1.0, "evaluation/success": 0.5}) + "\n")
     make_run("evil", config=plain | {"task": plain["task"] | {"plot": {"_target_": "bad.mark"}}})

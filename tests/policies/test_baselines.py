@@ -329,6 +329,6 @@ def test_each_kind_is_cloned_by_the_program(in_process, tmp_path):
         status, printed = in_process("pretrain.py", f"policy={kind}", "policy.hidden_dim=16", *few, f"name={kind}")
         assert status == 0, printed
         run = tmp_path / f"runs/avoid-{kind}-0"
-        assert json.loads((run / "result.json").read_text())["bc"]["n"] == 4
+        assert json.loads((run / "result.json").read_text())["pretrained"]["n"] == 4
         assert "validation/loss" in (run / "metrics.jsonl").read_text()
         assert type(checkpoint.load(run).actor) is constructor.func

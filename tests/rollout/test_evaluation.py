@@ -104,7 +104,10 @@ def test_bad_metrics_of_the_task_are_named():
 def test_tables_have_a_column_for_each_metric_of_a_run():
     plain = {"success": 0.5, "success_ci95": [0.4, 0.6], "return": 3.0, "return_ci95": [2.0, 4.0], "n": 9}
     measured = plain | {"covered": 0.8125, "covered_ci95": [0.75, 0.875]}
-    runs = {name: {"bc": side, "env_steps": 0, "train_seconds": 60.0} for name, side in (("a", plain), ("b", measured))}
+    runs = {
+        name: {"pretrained": side, "env_steps": 0, "train_seconds": 60.0}
+        for name, side in (("a", plain), ("b", measured))
+    }
     head, _, first, second = report.table(runs).splitlines()
     assert [cell.strip() for cell in head.split("|")[3:5]] == ["return, 95 % CI", "covered, 95 % CI"]
     assert first.split("|")[4].strip() == "-"

@@ -43,8 +43,8 @@ def test_an_old_checkpoint_acts_as_before(name):
 def test_an_old_run_evaluates_to_its_result(name):
     folder = OLD / name
     cfg = DictConfig(run.load_config(folder, "task", "evaluation"))
-    result = json.loads((folder / "result.json").read_text())
-    before = result.get("tuned", result["bc"])
+    result = legacy.upgrade_result(json.loads((folder / "result.json").read_text()))
+    before = result.get("finetuned", result["pretrained"])
     actor = checkpoint.load(folder).actor
     envs = factory.environments(cfg, actor, num_envs=cfg.evaluation.num_envs)
     try:

@@ -85,7 +85,7 @@ def assert_same_run(part: Path, whole: Path) -> None:
     assert metrics(part) == metrics(whole)
     assert not list((part / "checkpoints").glob("*.*"))  # no temporary files or checkpoints of the interruption
     results = result(part), result(whole)
-    for key in ("bc", "tuned", "env_steps", "evaluation_env_steps", "best_iteration", "curve"):
+    for key in ("pretrained", "finetuned", "env_steps", "evaluation_env_steps", "best_iteration", "history"):
         assert results[0].get(key) == results[1].get(key), key
 
 

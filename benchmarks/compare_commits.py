@@ -3,9 +3,10 @@
 python -m benchmarks.compare_commits OLD NEW --rows "DPPO iteration"
 python -m benchmarks.compare_commits HEAD .   # a folder is measured as it is, with its uncommitted changes
 
-Each commit is checked out into a temporary folder. The benchmarks of both run in turn (old new old new ...), each in a
-process of its own. Ratios are new/old of time or memory: below 1 the new commit is better. The textbook's code hardly
-changes between commits, so its ratio shows the noise.
+Each commit is checked out into a temporary folder. Row by row, the benchmarks of both run in turn (old new old new
+...), each in a process of its own, so that a slow change of the machine's speed affects both. Ratios are new/old of
+time or memory: below 1 the new commit is better. The textbook's code hardly changes between commits, so its ratio
+shows the noise. With --out, a comparison that was interrupted goes on with the rows that are not saved.
 """
 
 import argparse
@@ -67,12 +68,12 @@ class Checkout:
         _, statement, call, _ = self.layout
         return json.loads(self.python("-c", f"{statement}; import json; print(json.dumps([r.name for r in {call}]))"))
 
-    def measure(self, names: list[str], options: argparse.Namespace, out: Path) -> dict[str, Any]:
-        """Return a result of the benchmark, with the rows `names`."""
+    def measure(self, name: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+        """Return a result of the benchmark: `versions`, and the row `name` as `row`."""
         flags = ["--threads", str(options.threads), "--repeats", str(options.inner_repeats), "--out", str(out)]
-        self.python(*self.layout[0], "--only", *names, *flags)
+        self.python(*self.layout[0], "--only", name, *flags)
         result = read_json(out)
-        return result | {"rows": {row["name"]: row for row in result["rows"]}}
+        return {"versions": result["versions"], "row": next(row for row in result["rows"] if row["name"] == name)}
 
 
 def _cost(row: dict[str, Any], side: str) -> float | None:
@@ -81,21 +82,27 @@ def _cost(row: dict[str, Any], side: str) -> float | None:
     return 1 / value if value is not None and row["unit"].endswith("/s") else value
 
 
-def compare(name: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the values of a row in both commits, and the ratios new/old of costs, repeat by repeat.
 
     Args:
-        name: of the row.
-        old: results of the old commit.
-        new: results of the new one, as many.
+        old: the row, as measured in the old commit.
+        new: in the new one, as often.
     """
-    out: dict[str, Any] = {"name": name, "unit": old[0]["rows"][name]["unit"]}
+    out: dict[str, Any] = {key: old[0][key] for key in ("name", "unit")}
     for side in ("dprl", "textbook"):
-        pairs = [(a["rows"][name], b["rows"][name]) for a, b in zip(old, new, strict=True)]
-        values = {"old": [a[side] for a, _ in pairs], "new": [b[side] for _, b in pairs]}
-        costs = [(_cost(a, side), _cost(b, side)) for a, b in pairs]
+        values = {"old": [row[side] for row in old], "new": [row[side] for row in new]}
+        costs = [(_cost(a, side), _cost(b, side)) for a, b in zip(old, new, strict=True)]
         out[side] = values | {"ratios": [b / a for a, b in costs if a is not None and b is not None]}
     return out
+
+
+def resumable(saved: dict[str, Any], begun: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the result saved at `path`, which a comparison of the same commits on the same machine goes on with."""
+    for key in ("machine", "commits"):
+        if saved[key] != begun[key]:
+            raise SystemExit(f"--out {path}: has {key} {saved[key]}, this comparison {begun[key]}; choose another file")
+    return saved
 
 
 def table(result: dict[str, Any]) -> str:
@@ -129,18 +136,25 @@ def main() -> None:
         names = [name for name in sides[0].names() if name in known and re.search(options.rows, name)]
         if not names:
             parser.error(f"--rows: no row of both commits matches {options.rows!r}")
-        results: list[list[dict[str, Any]]] = [[], []]
-        for _ in range(options.repeats):
-            for side, measured in zip(sides, results, strict=True):
-                measured.append(side.measure(names, options, folder / "result.json"))
-    result = {
-        "machine": machine() | {"threads": options.threads},
-        "commits": {"old": sides[0].commit, "new": sides[1].commit},
-        "versions": {"old": results[0][0]["versions"], "new": results[1][0]["versions"]},
-        "rows": [compare(name, *results) for name in names],
-    }
-    if options.out:
-        write_json(options.out, result)
+        result: dict[str, Any] = {
+            "machine": machine() | {"threads": options.threads},
+            "commits": {"old": sides[0].commit, "new": sides[1].commit},
+            "versions": {},
+            "rows": [],
+        }
+        if options.out and options.out.is_file():
+            result = resumable(read_json(options.out), result, options.out)
+        for name in names:
+            if name in {row["name"] for row in result["rows"]}:
+                continue
+            pairs = []
+            for _ in range(options.repeats):
+                pairs.append([side.measure(name, options, folder / "result.json") for side in sides])
+            result["versions"] = dict(zip(("old", "new"), [one["versions"] for one in pairs[0]], strict=True))
+            result["rows"].append(compare([old["row"] for old, _ in pairs], [new["row"] for _, new in pairs]))
+            print(table({"rows": result["rows"][-1:]}).splitlines()[-1], file=sys.stderr, flush=True)
+            if options.out:
+                write_json(options.out, result)
     print(table(result))
 
 

@@ -79,14 +79,13 @@ class DPPO(Algorithm):
         self.denoising_discount = cfg.gamma_denoising ** torch.arange(steps - 1, -1, -1, device=self.device)  # [K']
         self.bc_discount = cfg.bc_discount ** torch.arange(steps, device=self.device)  # [K'], 1 at the noisiest step
         self.min_std = self.actor.min_std, cfg.min_std_final
-        self.autocast = autocast(cfg.precision, self.device)
+        self.actor.autocast = autocast(cfg.precision, self.device)
 
     def train(self, collect: Collect) -> Iterator[Metrics]:
         """Collect, estimate advantages and update, until the budget of environment steps is spent."""
         while not self.budget_spent(collect):
             self.anneal(min(1.0, (collect.env_steps + 1) / self.cfg.env_steps))
-            with self.autocast:  # as in the update, so that the first ratio is 1
-                rollout = collect(self.actor.train(), self.cfg.chunks)
+            rollout = collect(self.actor.train(), self.cfg.chunks)
             batch, metrics = chunk_advantages(rollout, self.value, self.cfg, self.return_scale)
             yield metrics | self.update(batch)
 
@@ -125,20 +124,17 @@ class DPPO(Algorithm):
             adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
         rows["step_adv"] = adv[:, None] * self.denoising_discount  # [N, K']
         if cfg.bc_weight:
-            with self.autocast:
-                rows["pretrained_chain"], rows["pretrained_mean"] = self.actor.pretrained_chain(rows["obs"])
+            rows["pretrained_chain"], rows["pretrained_mean"] = self.actor.pretrained_chain(rows["obs"])
         losses = accumulate(self.actor_loss, rows, cfg.micro_batch_size, metrics)
         metrics["grad_norm"] = gradient_step(self.actor_optimizer, losses, max_norm=cfg.max_grad_norm, batch=rows)
         return metrics
 
     def actor_loss(self, rows: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the PPO loss, plus the pull towards the pretrained policy, and metrics."""
-        with self.autocast:
-            log_prob = self.actor.log_prob(rows["obs"], rows["chain"])  # [N, K']
+        log_prob = self.actor.log_prob(rows["obs"], rows["chain"])  # [N, K']
         loss, metrics = ppo_loss(log_prob, rows["log_prob"], rows["step_adv"], self.clip)
         if self.cfg.bc_weight:
-            with self.autocast:
-                bc = self.bc_loss(rows["obs"], rows["pretrained_chain"], rows["pretrained_mean"])
+            bc = self.bc_loss(rows["obs"], rows["pretrained_chain"], rows["pretrained_mean"])
             loss, metrics["bc_loss"] = loss + self.cfg.bc_weight * bc, bc.detach()
         return loss, metrics
 

@@ -98,10 +98,11 @@ def sampling_chains(
 ) -> Callable[[], Any]:
     """Build sampling of chunks with their denoising chains and log-probabilities."""
     actor = make_actor(pretrain, finetune).train()
-    obs, context = random_obs(n, actor), autocast(finetune_config(finetune).algo.precision, CPU)
+    actor.autocast = autocast(finetune_config(finetune).algo.precision, CPU)
+    obs = random_obs(n, actor)
 
     def work() -> None:
-        with torch.no_grad(), cached_weights(), context:  # as in a rollout
+        with torch.no_grad(), cached_weights():  # as in a rollout
             for _ in range(calls):
                 actor(obs)
 

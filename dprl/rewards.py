@@ -12,7 +12,7 @@ Shapes: L steps, O observation dim, A action dim.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +43,9 @@ class Transition:
     terminated: np.ndarray
     truncated: np.ndarray
     info: Mapping[str, np.ndarray] | None
+
+
+FIELDS = fields(Transition)
 
 
 class Reward(Protocol):
@@ -153,12 +156,23 @@ class WeightedSum:
         return self.parts(transition).sum(-1)
 
 
+def _copied(transition: Transition) -> Transition:
+    """Copy the arrays of a transition: a function that changes them in place must change nothing else."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: copied(part) for key, part in value.items()}
+        return value.copy() if isinstance(value, np.ndarray) else value
+
+    return Transition(**{field.name: copied(getattr(transition, field.name)) for field in FIELDS})
+
+
 def _evaluate(name: str, function: Reward, transition: Transition) -> np.ndarray:
     """Return the values [L] of a term, or raise a `UserError` that names it."""
     steps = len(transition.rew)
     try:
-        values = np.asarray(function(transition))
-    except Exception as error:
+        values = np.asarray(function(_copied(transition)))
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"reward term '{name}' failed: {type(error).__name__}: {error}",
             expected="one number per step",

@@ -5,6 +5,7 @@ Ta executed steps, A action dim.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class DenoisingChainActor(ActorWrapper):
         self.finetuned = policy.eval()
         self.first_finetuned = steps - ft_denoising_steps  # index of the first fine-tuned reverse step
         self.min_std, self.noise_limit = min_std, noise_limit
+        self.autocast: AbstractContextManager[Any] = nullcontext()  # precision in which it explores and is fine-tuned
 
     @property
     def wrapped(self) -> DiffusionPolicy:
@@ -128,11 +130,11 @@ class DenoisingChainActor(ActorWrapper):
             The chunks `[N, Ta, A]` in environment units and, in `train` mode, `chain` `[N, K'+1, H, A]` from before the
             first fine-tuned step to the clean chunk, with `log_prob` `[N, K']`, the log-probabilities of its steps.
         """
-        explore: dict[str, Any] = dict(min_std=self.min_std, noise_limit=self.noise_limit) if self.training else {}
-        x, steps = self.denoise(obs, **explore)
-        act = self.to_env(steps[-1].x)
         if not self.training:
-            return act, {}
+            return self.to_env(self.denoise(obs)[1][-1].x), {}
+        with self.autocast:
+            x, steps = self.denoise(obs, min_std=self.min_std, noise_limit=self.noise_limit)
+        act = self.to_env(steps[-1].x)
         chain, mean = _stack(x, steps)
         std = torch.stack([step.std for step in steps]).view(-1, 1, 1)  # [K', 1, 1]
         return act, {"chain": chain, "log_prob": self.gaussian_log_prob(chain[:, 1:], mean, std)}
@@ -166,9 +168,10 @@ class DenoisingChainActor(ActorWrapper):
             deviations, which broadcast to them.
         """
         n, k = len(obs), self.ft_denoising_steps
-        cond = self.finetuned.encode(obs).repeat_interleave(k, 0)  # [N K', ...], each observation encoded once
         i = torch.arange(self.first_finetuned, self.first_finetuned + k, device=chain.device).repeat(n)  # [N K']
-        mean, std = self.finetuned.reverse(chain[:, :-1].flatten(0, 1), i, cond)
+        with self.autocast:
+            cond = self.finetuned.encode(obs).repeat_interleave(k, 0)  # [N K', ...], each observation encoded once
+            mean, std = self.finetuned.reverse(chain[:, :-1].flatten(0, 1), i, cond)
         return chain[:, 1:].flatten(0, 1), mean, std.clamp(min=self.min_std)
 
     def log_prob(self, obs: Obs, chain: Tensor) -> Tensor:
@@ -194,7 +197,7 @@ class DenoisingChainActor(ActorWrapper):
             The last K' steps of the chains, `[N, K'+1, H, A]`, and the frozen policy's means of these steps,
             `[N, K', H, A]`.
         """
-        with cached_weights():
+        with cached_weights(), self.autocast:
             x, cond = self.denoise_pretrained(obs), self.pretrained.encode(obs)
             steps = range(self.first_finetuned, len(self.schedule))
             explore: dict[str, Any] = dict(min_std=self.min_std, noise_limit=self.noise_limit)

@@ -27,9 +27,6 @@ class AsyncVecEnv:
     lost chunk has length 0 and is truncated, and `info["lost"]` gives the reason by environment; a lost reset is
     repeated. An exception raised by an environment ends the run immediately.
 
-    Global generators (Python's and numpy's), from which user code may draw, belong to a process: its environments share
-    them, and they are seeded whenever one of these environments is reset with a seed.
-
     The interface is that of gymnasium's vectors, with `reset_mask`. gymnasium's own `AsyncVectorEnv` has a process for
     each environment, and for chunks of small environments it spends most of its time switching between them.
 

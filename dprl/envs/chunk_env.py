@@ -4,7 +4,6 @@ Shapes: Ta executed steps, To observed steps, O observation dim, A action dim, L
 """
 
 import sys
-import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,9 +13,11 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
+from dprl.envs.checked_env import CheckedEnv, metric_value, missing_key, success_value
 from dprl.envs.nested import first_non_finite, take_rows
 from dprl.envs.observation import Observe, vectors
 from dprl.rewards import NonFiniteReward, Transition, WeightedSum
+from dprl.utils import seeding
 from dprl.utils.errors import UserError
 
 
@@ -50,21 +51,23 @@ class ChunkEnv(gym.Wrapper):
     observation before it; `fault` in the info gives the reason. If the first observation of an episode is not finite,
     `reset` returns zeros in its place, and the first chunk is dropped.
 
+    The environment and the reward have global generators of their own, which a seed of `reset` seeds too.
+
     Args:
         env: Environment with a continuous action vector.
-        index: Position in the vector of environments, for messages.
+        index: Position in the vector of environments.
         obs_steps: Observed steps To. The first observation of an episode fills its own past.
         act_steps: Steps Ta of a chunk.
         observe: Conversion of the environment's observations (see `dprl/envs/observation.py`).
         reward: Reward that replaces the task's own.
         success_key: Key of the info that is true on success; None if the task has no success.
-        info_keys: Keys of the info whose last value in a chunk is returned; NaN where the key is missing.
-        metrics: Like `info_keys`, for keys that must be present.
+        info_keys: Keys of the info whose last value in an episode is returned; NaN without any.
+        metrics: Like `info_keys`, for keys that must occur in every episode. So must `success_key`; a step whose info
+            lacks it is no success.
         trace: Return the observed vectors of every step.
 
     Raises:
-        UserError: If the action space is not a vector. `reset` and `step` convert an exception of the environment into
-            a `UserError` that names the environment and the step.
+        UserError: If the action space is not a vector; by `reset` and `step`, see `CheckedEnv`.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class ChunkEnv(gym.Wrapper):
         metrics: list[str],
         trace: bool,
     ):
-        super().__init__(env)
+        super().__init__(checked := CheckedEnv(env, index=index, observe=observe))
         if not isinstance(env.action_space, spaces.Box) or len(env.action_space.shape) != 1:
             raise UserError(
                 "unsupported actions of the environment",
@@ -89,19 +92,22 @@ class ChunkEnv(gym.Wrapper):
                 got=env.action_space,
                 fix="another task",
             )
-        self.single_space, self.observe = observe(env.observation_space)
+        self.single_space = checked.observation_space
         self.observation_space = batch_space(self.single_space, obs_steps)
         low, high = env.action_space.low, env.action_space.high
         self.low, self.high = low, high
         self.action_space = batch_space(spaces.Box(low, high, dtype=np.float32), act_steps)
-        self.index, self.act_steps, self.reward = index, act_steps, reward
+        self.act_steps, self.reward = act_steps, reward
         self.success_key, self.info_keys, self.metrics = success_key, info_keys, metrics
         self.trace_vectors = vectors(self.single_space) if trace else None
+        self.generators = seeding.OwnGenerators(index)
         self.history: deque = deque(maxlen=obs_steps)
         self.prev_act: np.ndarray | None = None
         self.done = True
         self.steps = 0  # of the episode, before the present chunk
         self.fault: str | None = None  # of the first observation of the episode
+        self.last_values: dict[str, float] = {}  # of `info_keys` and `metrics`, in the episode
+        self.has_success = False  # the episode's info has had `success_key`
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Start an episode, or freeze the environment.
@@ -116,17 +122,19 @@ class ChunkEnv(gym.Wrapper):
         if options is not None and options.get("freeze"):
             self.done = True
             return self._stacked_history(), {}
-        try:
-            obs, _ = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise self._user_error(error, "in reset") from error
-        first, self.fault = self.observe(obs), None
+        if seed is not None:
+            self.generators.seed(seed)
+        self.generators.watch = True
+        with self.generators:
+            first, _ = self.env.reset(seed=seed, options=options)
+        self.fault = None
         non_finite = first_non_finite(self._stack([first]), "the observation")
         if non_finite is not None:
             self.fault = f"{non_finite[0]} is {non_finite[2]} after a reset"
             first = next(iter(iterate(batch_space(self.single_space, 1), create_empty_array(self.single_space, 1))))
         self.history.extend([first] * self.history.maxlen)  # type: ignore[operator]
         self.prev_act, self.done, self.steps = None, False, 0
+        self.last_values, self.has_success = {}, False
         return self._stacked_history(), {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -143,7 +151,7 @@ class ChunkEnv(gym.Wrapper):
             - `success`: true if any of these steps was a success;
             - `task_return`: sum of the task's own rewards;
             - `terms`: sum of each reward term;
-            - `info/<key>`: last value of each of `info_keys` and `metrics`, NaN if no step ran;
+            - `info/<key>`: last value in the episode so far of each of `info_keys` and `metrics`, NaN without any;
             - `trace` `[Ta, O]`, if requested: observed vectors, NaN after the chunk stopped;
             - `fault`, if the chunk was dropped: the reason.
         """
@@ -151,30 +159,42 @@ class ChunkEnv(gym.Wrapper):
             return self._stacked_history(), 0.0, False, False, self._empty_info()
         if self.fault is not None:
             return self._drop(list(self.history), self.fault)
+        self.generators.watch = self.steps == 0
+        with self.generators:
+            return self._execute(action)
+
+    def _execute(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Execute a chunk of an episode that runs; see `step`."""
         history = list(self.history)
         acts, observed, rews, infos = [], [self.history[-1]], [], []
         terminated = truncated = False
         for act in np.clip(action, self.low, self.high):
-            try:
-                obs, rew, terminated, truncated, info = self.env.step(act)
-            except Exception as error:
-                raise self._user_error(error, f"at step {self.steps + len(acts) + 1} of its episode") from error
-            self.history.append(self.observe(obs))
+            obs, rew, terminated, truncated, info = self.env.step(act)
+            self.history.append(obs)
             acts.append(act)
-            observed.append(self.history[-1])
-            rews.append(rew)
+            observed.append(obs)
+            rews.append(float(rew))
             infos.append(info)
             if terminated or truncated:
                 self.done = True
                 break
-        transition = self._transition(acts, observed, rews, bool(terminated), bool(truncated), infos)
+        transition = self._transition(acts, observed, rews, terminated, truncated, infos)
         parts, non_finite = self._rewards(transition)
         if non_finite is not None:
             name, step, value = non_finite
             return self._drop(history, f"{name} is {value} at step {self.steps + step + 1} of its episode")
         self.steps += len(acts)
         info = self._info(rews, parts, infos, observed[1:])
-        return self._stacked_history(), float(parts.sum()), bool(terminated), bool(truncated), info
+        if self.done and (missing := self.missing_keys()):
+            raise missing_key(*missing[0], infos[-1])
+        return self._stacked_history(), float(parts.sum()), terminated, truncated, info
+
+    def missing_keys(self) -> list[tuple[str, str, str]]:
+        """Return the required keys that the info of the present episode has not had: setting, its form, and key."""
+        missing = [("task.env.metrics", "[<key>]", key) for key in self.metrics if key not in self.last_values]
+        if self.success_key is not None and not self.has_success:
+            missing.append(("task.env.success_key", "<key> or null", self.success_key))
+        return missing
 
     def _rewards(self, transition: Transition) -> tuple[np.ndarray, tuple[str, int, float] | None]:
         """Return the weighted terms [L, terms] of a chunk, and the first non-finite value in it or them, if any."""
@@ -193,19 +213,6 @@ class ChunkEnv(gym.Wrapper):
         self.done, self.fault = True, None
         return self._stacked_history(), 0.0, False, True, self._empty_info() | {"fault": fault}
 
-    def _user_error(self, error: Exception, when: str) -> UserError:
-        """Describe an exception of the environment."""
-        if isinstance(error, UserError):
-            return error
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        name = self.env.spec.id if self.env.spec is not None else type(self.env.unwrapped).__name__
-        return UserError(
-            f"environment {self.index} ({name}) raised {type(error).__name__} {when}",
-            expected="an environment that runs",
-            got=f"{error} ({frame.filename}:{frame.lineno}, in {frame.name})",
-            fix="correct the environment; debug=true shows the traceback",
-        )
-
     def _empty_info(self) -> dict[str, Any]:
         return self._info([], np.zeros((0, len(self.reward.names))), [], [])
 
@@ -214,7 +221,7 @@ class ChunkEnv(gym.Wrapper):
     ) -> Transition:
         act = np.asarray(acts)  # [L, A]
         before = act[:1] if self.prev_act is None else self.prev_act[None]
-        self.prev_act = act[-1]
+        self.prev_act = act[-1].copy()
         last = np.zeros(len(act), bool)
         last[-1] = True
         obs = self._stack(observed)  # [L+1, O]
@@ -240,10 +247,11 @@ class ChunkEnv(gym.Wrapper):
             task_return=float(np.sum(rews)),
             terms=parts.sum(0),
         )
-        for key in self.info_keys:
-            out[f"info/{key}"] = float(infos[-1].get(key, np.nan)) if infos else np.nan
-        for key in self.metrics:
-            out[f"info/{key}"] = float(metric_value(infos[-1], key)) if infos else np.nan
+        for key in (*self.info_keys, *self.metrics):
+            for info in infos:
+                if key in info:
+                    self.last_values[key] = metric_value(info[key], key)
+            out[f"info/{key}"] = self.last_values.get(key, np.nan)
         if self.trace_vectors is not None:
             size, to_vector = self.trace_vectors
             out["trace"] = np.full((self.act_steps, size), np.nan, np.float32)
@@ -252,34 +260,16 @@ class ChunkEnv(gym.Wrapper):
         return out
 
     def _success(self, info: dict) -> bool:
-        return self.success_key is not None and bool(success_value(info, self.success_key))
+        if self.success_key is None or self.success_key not in info:
+            return False
+        self.has_success = True
+        return success_value(info[self.success_key], self.success_key)
 
     def _stack(self, items: list) -> Any:
         return concatenate(self.single_space, items, create_empty_array(self.single_space, len(items)))
 
     def _stacked_history(self) -> Any:
         return self._stack(list(self.history))
-
-
-def success_value(info: Mapping[str, Any], key: str) -> Any:
-    """Return `info[key]`, or raise a `UserError` about `task.env.success_key`."""
-    return _info_value(info, key, "task.env.success_key", "<key> or null")
-
-
-def metric_value(info: Mapping[str, Any], key: str) -> Any:
-    """Return `info[key]`, or raise a `UserError` about `task.env.metrics`."""
-    return _info_value(info, key, "task.env.metrics", "[<key>]")
-
-
-def _info_value(info: Mapping[str, Any], key: str, setting: str, form: str) -> Any:
-    if key not in info:
-        raise UserError(
-            f"{setting} is not in the environment's info",
-            expected=f"a key of info: {sorted(info)}",
-            got=key,
-            fix=f"{setting}={form}",
-        )
-    return info[key]
 
 
 _mujoco_warnings: set[str] = set()  # printed in this process
@@ -314,7 +304,8 @@ def make_chunk_env(*, id: str, kwargs: dict[str, Any], max_episode_steps: int | 
     if mujoco.get_mju_user_warning() is None:  # type: ignore[attr-defined]
         mujoco.set_mju_user_warning(_print_once)  # type: ignore[attr-defined]
     try:
-        env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
+        with seeding.forked(chunk["index"]):
+            env = gym.make(id, disable_env_checker=True, max_episode_steps=max_episode_steps, **kwargs)
     except UserError:
         raise
     except Exception as error:  # a constructor may raise anything

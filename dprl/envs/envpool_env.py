@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
-from dprl.envs.chunk_env import metric_value, success_value
+from dprl.envs.checked_env import missing_key, success_value
 from dprl.envs.observation import Observe
 from dprl.rewards import NonFiniteReward, Transition, WeightedSum
 from dprl.utils.errors import UserError
@@ -61,6 +61,8 @@ class EnvPoolVecEnv:
     Raises:
         UserError: If EnvPool is not installed, or does not support the environment.
     """
+
+    seeds_episodes = False
 
     def __init__(
         self,
@@ -210,11 +212,13 @@ class EnvPoolVecEnv:
             steps.append(PoolStep(ids, t, transition))
             terminated[ids], truncated[ids] = transition.terminated, transition.truncated
             if self.success_key is not None:
-                success[ids] |= success_value(info, self.success_key).astype(bool)
+                success[ids] |= _flags(
+                    _column(info, "task.env.success_key", "<key> or null", self.success_key), self.success_key
+                )
             for key in self.info_keys:
                 last[key][ids] = info.get(key, np.nan)
             for key in self.metrics:
-                last[key][ids] = metric_value(info, key)
+                last[key][ids] = _column(info, "task.env.metrics", "[<key>]", key)
         out, faults = self._rewards(steps)
         dropped = list(faults)
         self.history[dropped], self.done[dropped] = history[dropped], True
@@ -296,3 +300,17 @@ class EnvPoolVecEnv:
     def close(self) -> None:
         """Close the pool."""
         self.pool.close()
+
+
+def _column(info: dict[str, np.ndarray], setting: str, form: str, key: str) -> np.ndarray:
+    """Return an info of all environments, or raise a `UserError` that names the setting."""
+    if key not in info:
+        raise missing_key(setting, form, key, info)
+    return info[key]
+
+
+def _flags(values: np.ndarray, key: str) -> np.ndarray:
+    """Return booleans; raise a `UserError` for other values."""
+    if not np.isin(values, (0, 1)).all():
+        success_value(values[~np.isin(values, (0, 1))][0], key)
+    return values.astype(bool)

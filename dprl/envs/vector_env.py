@@ -76,6 +76,9 @@ class VecEnv:
         has_success: Whether the task has a notion of success.
         info_keys: Keys of the info that a step returns.
         metrics: Keys of the info that a step returns and an evaluation averages.
+
+    Attributes:
+        seeds_episodes: Whether `reset` can seed some of the environments; if not, only all of them together.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class VecEnv:
         self.terms, self.has_success = tuple(terms), has_success
         self.info_keys, self.metrics = tuple(info_keys), tuple(metrics)
         self.num_envs = envs.num_envs
+        self.seeds_episodes = getattr(envs, "seeds_episodes", True)
         self.act_steps, self.act_dim = envs.single_action_space.shape  # type: ignore[misc]
         self.obs_shape = observation_shape(envs.single_observation_space)
 
@@ -224,9 +228,10 @@ def make_vec(
         kwargs: Arguments of the environment.
         max_episode_steps: Time limit in environment steps; None keeps that of the registration.
         observe: Conversion of the observations, for example `dprl.envs.observation.flatten` with its `keys`.
-        success_key: Key of the info that is true on success; None if the task has no success.
-        info_keys: Keys of the info whose last value in an episode is returned; NaN where the key is missing.
-        metrics: Like `info_keys`, for numbers whose mean an evaluation reports; the keys must be present.
+        success_key: Key of the info that is true on success; None if the task has no success. Steps may lack it, but
+            not whole episodes.
+        info_keys: Keys of the info whose last value in an episode is returned; NaN where it has none.
+        metrics: Like `info_keys`, for numbers whose mean an evaluation reports; each episode must have them.
         backend: `sync` steps the environments in this process, `async` in worker processes, `envpool` in EnvPool's
             threads, and `auto` selects the faster of the first two by measuring both.
         num_envs: Number N of environments.
@@ -305,9 +310,15 @@ def make_vec(
 
 
 def _validate(env: ChunkEnv) -> None:
-    """Run one chunk in this process, so that a mistake in the task or the reward is reported before a run starts."""
+    """Run one chunk in this process, so that a mistake in the task or the reward is reported before a run starts.
+
+    If the info lacks a key that must occur in each episode, the episode continues to its end.
+    """
     env.reset(seed=0)
-    *_, info = env.step(np.zeros(env.action_space.shape, np.float32))  # type: ignore[arg-type]
+    act = np.zeros(env.action_space.shape, np.float32)  # type: ignore[arg-type]
+    *_, info = env.step(act)
+    while env.missing_keys() and not env.done:
+        *_, info = env.step(act)
     env.close()
     if "fault" in info:
         raise UserError(
@@ -346,7 +357,7 @@ _measured_backends: dict[str, Literal["sync", "async"]] = {}  # results of `fast
 def faster_backend(env_fn: Callable[[], ChunkEnv], num_envs: int, name: str) -> Literal["sync", "async"]:
     """Measure which backend steps more chunks per second with a random action.
 
-    Both backends return the same results, unless an environment draws from the global generators of its process.
+    Both backends return the same results.
 
     Args:
         env_fn: Constructor of an environment.

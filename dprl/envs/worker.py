@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper
 
 from dprl.envs.chunk_env import ChunkEnv
-from dprl.utils import seeding, signals
+from dprl.utils import signals
 from dprl.utils.errors import UserError
 
 EnvFns = Sequence[Callable[[], ChunkEnv]]
@@ -113,7 +113,7 @@ class WorkerEnvs:
         self.spaces = self.envs.single_observation_space, self.envs.single_action_space
 
     def reset(self, seeds: Sequence[int | None], options: dict[str, Any]) -> Any:
-        """Reset environments as gymnasium's vectors do, and seed the global generators of this process.
+        """Reset environments as gymnasium's vectors do.
 
         Args:
             seeds: Seed of each environment; None keeps its generator.
@@ -122,9 +122,6 @@ class WorkerEnvs:
         Returns:
             Observations of all M environments.
         """
-        first = next((seed for seed in seeds if seed is not None), None)
-        if first is not None:
-            seeding.seed(first)  # user code may draw from global generators
         return self.envs.reset(seed=list(seeds), options=options)[0]
 
     def step(self, act: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

@@ -133,7 +133,7 @@ class Algorithm(Stateful, ABC):
     def train(self, collect: Collect) -> Iterator[Metrics | None]:
         """Improve the actor, one iteration for each item; `iterations` counts them.
 
-        Between two items the trainer may evaluate the actor, save a checkpoint and reset the environments. After
+        Between two items the trainer may evaluate the actor and save a checkpoint. After
         `load_state_dict` the generator continues from the restored state.
 
         Args:

@@ -18,7 +18,6 @@ from dprl.envs.nested import concatenate_rows
 from dprl.envs.vector_env import VecEnv, VecStep
 from dprl.networks.normalizer import Obs
 from dprl.networks.weight_cache import cached_weights
-from dprl.utils import seeding
 from dprl.utils.errors import UserError
 from dprl.utils.metrics import warn
 from dprl.utils.seeding import seeds
@@ -63,22 +62,33 @@ class Collector:
         self._obs: list[Any] = []  # present observations of each part
         self._clear_metrics()
 
-    def reset(self, *entropy: int) -> None:
-        """Start new episodes everywhere: at the start of a run, and after each checkpoint.
+    def reset(self, seed: int) -> None:
+        """Start a run: the first episode of each environment.
 
         Args:
-            *entropy: Integers from which the seeds follow, such as the run's seed and the iteration.
+            seed: Seed of the run. The seed of an episode follows from it, the environment, and the episode's number.
         """
-        self._entropy = entropy
-        self._acts: list[list[np.ndarray]] = [[] for _ in self.parts]
-        seeding.seed_others(seeds(1, *entropy)[0])
-        env_seeds = seeds(self.num_envs, *entropy)
-        self._obs = [envs.reset(seeds=env_seeds[rows]) for envs, rows in zip(self.parts, self.rows, strict=True)]
+        self._seed, self._episode = seed, np.zeros(self.num_envs, int)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Start the episodes of the present numbers everywhere."""
+        self._acts: list[list[np.ndarray]] = [[] for _ in range(self.num_envs)]  # of the present episodes
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, int)
         self._success = np.zeros(self.num_envs, bool)
+        self._obs = [self._reset(p, np.ones(envs.num_envs, bool)) for p, envs in enumerate(self.parts)]
 
-    @torch.no_grad()
+    def _reset(self, p: int, mask: np.ndarray) -> Any:
+        """Start the episodes of the present numbers in the environments `mask` of part `p`; return its observations."""
+        envs, first = self.parts[p], self.rows[p].start
+        if not envs.seeds_episodes:  # only all episodes together can be seeded
+            whole = seeds(envs.num_envs, self._seed, first) if mask.all() else None
+            return envs.reset(seeds=whole, mask=None if mask.all() else mask)
+        numbers = self._episode[self.rows[p]]
+        own = [seeds(1, self._seed, first + i, int(numbers[i]))[0] if mask[i] else None for i in range(len(mask))]
+        return envs.reset(seeds=own, mask=mask)
+
     def __call__(self, actor: Actor, chunks: int) -> Rollout:
         """Collect a rollout.
 
@@ -101,7 +111,7 @@ class Collector:
                     if t:
                         steps[p].append(self._finish(p))
                     obs = to_torch(self._obs[p], self.device)
-                    with self.timer("policy"):
+                    with self.timer("policy"), torch.no_grad():
                         act, extra = act_fn(obs)
                         chunk = act.cpu().numpy()
                     outputs[p].append((obs, act, extra))
@@ -117,51 +127,83 @@ class Collector:
         """Start a step of part `p`."""
         with self.timer("env"):
             self.parts[p].start(act)
-        self._acts[p].append(act.copy())
+        for acts, chunk in zip(self._acts[self.rows[p]], act.copy(), strict=True):
+            acts.append(chunk)
 
     def _finish(self, p: int) -> VecStep:
-        """Finish the step of part `p`, and reset the environments whose episodes have ended."""
+        """Finish the step of part `p`, and start new episodes where one has ended."""
         with self.timer("env"):
-            envs = self.parts[p]
-            step = envs.finish()
+            step = self.parts[p].finish()
             self._count(step, self.rows[p])
-            self._obs[p] = envs.reset(mask=step.done) if step.done.any() else step.obs
+            self._obs[p] = self._reset(p, step.done) if step.done.any() else step.obs
         return step
 
     def action_log(self) -> dict[str, Any]:
         """Return what `replay` needs to reproduce the present episodes.
 
         Returns:
-            `entropy` of the last reset, `acts` `[T, N, Ta, A]` since then (None without any), the present observations
-            `obs`, and `env_steps`.
+            `seed` of the run, the numbers `episode` of the present episodes `[N]`, the numbers `chunks` of their chunks
+            so far `[N]`, these chunks of actions `acts` `[sum(chunks), Ta, A]` (None without any), the present
+            observations `obs`, and `env_steps`.
         """
-        acts = torch.from_numpy(np.concatenate([np.stack(acts) for acts in self._acts], 1)) if self._acts[0] else None
+        acts = [chunk for acts in self._acts for chunk in acts]
         return {
-            "entropy": list(self._entropy),
-            "acts": acts,
+            "seed": self._seed,
+            "episode": self._episode.tolist(),
+            "chunks": [len(acts) for acts in self._acts],
+            "acts": torch.from_numpy(np.stack(acts)) if acts else None,
             "obs": _to_tensors(concatenate_rows(self._obs)),
             "env_steps": self.env_steps,
         }
 
     def replay(self, log: dict[str, Any]) -> bool:
-        """Reproduce episodes by executing their chunks again.
+        """Reproduce the present episodes of a run by executing their chunks again.
 
         Args:
             log: Result of `action_log`.
 
         Returns:
-            True if the observations at the end are those of the log.
+            True if the observations at the end are those of the log. Otherwise, new episodes have begun.
         """
-        self.reset(*log["entropy"])
-        for act in () if log["acts"] is None else log["acts"].numpy():
-            for p, rows in enumerate(self.rows):
-                self._start(p, act[rows])
-            for p in range(len(self.parts)):
-                self._finish(p)
+        self._seed, self._episode = log["seed"], np.array(log["episode"])
+        self._restart()
+        ends = itertools.accumulate(log["chunks"], initial=0)
+        chunks = [] if log["acts"] is None else log["acts"].numpy()
+        self._acts = [list(chunks[begin:end]) for begin, end in itertools.pairwise(ends)]
+        same = all(self._replay_part(p) for p in range(len(self.parts)))
+        obs, logged = _to_tensors(concatenate_rows(self._obs)), log["obs"]
+        same = same and obs.keys() == logged.keys() and all(torch.equal(obs[key], logged[key]) for key in obs)
+        if not same:
+            self._episode += 1
+            self._restart()
         self._clear_metrics()
         self.env_steps = log["env_steps"]
-        obs, logged = _to_tensors(concatenate_rows(self._obs)), log["obs"]
-        return obs.keys() == logged.keys() and all(torch.equal(obs[key], logged[key]) for key in obs)
+        return same
+
+    def _replay_part(self, p: int) -> bool:
+        """Execute the chunks of part `p` again; return False if it cannot, or an episode ends.
+
+        All environments execute their last chunk at the same time, so some begin later than others.
+        """
+        envs, acts = self.parts[p], self._acts[self.rows[p]]
+        chunks = np.array([len(part) for part in acts])
+        longest = chunks.max()
+        if not envs.seeds_episodes:
+            return not longest
+        idle = np.zeros((envs.act_steps, envs.act_dim), np.float32)
+        if (waiting := chunks < longest).any():
+            envs.freeze_finished(waiting)
+        for t in range(longest, 0, -1):  # chunks left
+            if t < longest and (begins := chunks == t).any():
+                self._reset(p, begins)
+            step = envs.step(np.stack([part[-t] if len(part) >= t else idle for part in acts]))
+            self._count(step, self.rows[p])
+            self._obs[p] = step.obs
+            if step.done.any():
+                return False
+        if longest and (begins := chunks == 0).any():
+            self._obs[p] = self._reset(p, begins)
+        return True
 
     def _rollout(self, outputs: list[ActorOutput], steps: list[VecStep]) -> Rollout:
         """Stack the chunks of one part."""
@@ -198,6 +240,9 @@ class Collector:
         for i, reason in dropped.items():
             self._drop(i, reason)
         self._return[done] = self._length[done] = self._success[done] = 0
+        self._episode[done] += 1
+        for i in done:
+            self._acts[i] = []
 
     def _drop(self, i: int, reason: str) -> None:
         """Count a dropped episode of environment `i`."""

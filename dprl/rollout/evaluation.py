@@ -197,7 +197,7 @@ def evaluate(actor: nn.Module, envs: VecEnv, seeds: Sequence[int]) -> Evaluation
     was_training = actor.training
     actor.eval()
     try:
-        with seeding.forked(seeds[0]), torch.no_grad(), cached_weights():
+        with seeding.forked(seeds[0]), cached_weights():
             return _run_episodes(actor, envs, list(seeds), device)
     finally:
         actor.train(was_training)
@@ -214,8 +214,9 @@ def _run_episodes(actor: nn.Module, envs: VecEnv, seeds: list[int], device: torc
         envs.freeze_finished(episode >= total)
     while (episode < total).any():
         obs = to_torch(env_obs, device)
-        act, _ = actor(obs)
-        results.add_predictions(episode, obs, act)
+        with torch.no_grad():
+            act, _ = actor(obs)
+            results.add_predictions(episode, obs, act)
         step = envs.step(act.cpu().numpy())
         env_obs = step.obs
         results.add(episode, step)

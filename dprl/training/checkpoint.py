@@ -117,13 +117,10 @@ def step_of(path: Path) -> int:
     return int(path.name.split(".")[0])
 
 
-def resumable(run: Path) -> list[Path]:
-    """Return the checkpoints to resume a run from, newest first: its last one, and later interrupted states."""
-    last = [at(run, step) for step in steps(run)[-1:]]
-    later = [
-        path for path in (run / "checkpoints").glob("*.interrupted") if not last or step_of(path) > step_of(last[0])
-    ]
-    return sorted(later, key=step_of, reverse=True) + last
+def resumable(run: Path) -> Path | None:
+    """Return the checkpoint or interrupted state to resume a run from: the newest; None if there is none."""
+    paths = [at(run, step) for step in steps(run)[-1:]] + list((run / "checkpoints").glob("*.interrupted"))
+    return max(paths, key=lambda path: (step_of(path), path.suffix == ""), default=None)
 
 
 def best_step(run: Path) -> int | None:
@@ -165,7 +162,7 @@ def keep(run: Path, step: int, score: float | None, *, newest: int) -> None:
         if path.name.isdigit():
             if step_of(path) not in to_keep:
                 discard(path)
-        elif path.suffix == ".interrupted" and path not in resumable(run):
+        elif path.suffix == ".interrupted" and path != resumable(run):
             discard(path)
     tidy(run / "checkpoints")
 

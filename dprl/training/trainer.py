@@ -13,7 +13,7 @@ from dprl.training import checkpoint, run
 from dprl.training.divergence import DivergenceGuard, MetricLimits
 from dprl.training.logging import MetricsLogger
 from dprl.utils import seeding, signals
-from dprl.utils.files import discard
+from dprl.utils.metrics import warn
 from dprl.utils.timer import NullTimer, Timer, timed
 
 
@@ -66,27 +66,23 @@ class Trainer:
     def start(self) -> tuple[int | None, float]:
         """Start the run, or restore its last state.
 
-        If replaying the interrupted episodes gives other observations, the run resumes from the checkpoint before.
-
         Returns:
             The step that the run resumes at, or None for a new run, and the seconds that it has taken.
         """
-        fresh = seeding.state()
-        for path in checkpoint.resumable(self.folder):
-            trainer = checkpoint.load_trainer(path)
-            same = self.collector is None or self.collector.replay(trainer["episodes"])
-            if not same:
-                print(f"{path}: its episodes cannot be replayed; the task is not a function of seeds and actions")
-            if same or not path.name.endswith("interrupted"):
-                self._load(path, trainer)
-                return self.algo.step, trainer["seconds"]
-            discard(path)
-        seeding.set_state(fresh)
-        if self.collector is not None:
-            self.collector.env_steps = 0
-            self.collector.reset(self.cfg.seed, 0)
-        self.rng = seeding.state()
-        return None, 0.0
+        path = checkpoint.resumable(self.folder)
+        if path is None:
+            if self.collector is not None:
+                self.collector.reset(self.cfg.seed)
+            self.rng = seeding.state()
+            return None, 0.0
+        trainer = checkpoint.load_trainer(path)
+        self._load(path, trainer)
+        if self.collector is not None and not self.collector.replay(trainer["episodes"]):
+            warn(
+                f"{path}: its episodes cannot be replayed, so new ones begin: "
+                "the task is not a function of seeds and actions, or task.env.backend=envpool"
+            )
+        return self.algo.step, trainer["seconds"]
 
     def run(self, metrics: MetricsLogger) -> None:
         """Train to the end of the budget. A signal ends the run at the next safe point, after saving its state."""
@@ -154,7 +150,7 @@ class Trainer:
         return evaluation.score()
 
     def save(self, score: float | None, metrics: MetricsLogger, *, choosing: bool = False) -> None:
-        """Write a checkpoint. All environments start new episodes after it, in a resumed run as well.
+        """Write a checkpoint. Episodes continue after it.
 
         Args:
             score: Validation score of the actor, or None.
@@ -162,14 +158,12 @@ class Trainer:
             choosing: Whether the algorithm has validation choose a setting, so that the best checkpoint counts.
         """
         self.saved = self.algo.step
-        if self.collector is not None:
-            self.collector.reset(self.cfg.seed, self.algo.iteration)
         rank = score if choosing or self.choose != "last" else None
         self._write(checkpoint.at(self.folder, self.saved), metrics, rank)
         checkpoint.keep(self.folder, self.saved, rank, newest=self.cfg.checkpoints)
 
     def save_interrupted(self, metrics: MetricsLogger) -> None:
-        """Write the state of a run that a signal interrupts between two checkpoints; episodes continue."""
+        """Write the state of a run that a signal interrupts between two checkpoints."""
         self._write(checkpoint.interrupted(self.folder, self.algo.step), metrics, None)
 
     def _write(self, path: Path, metrics: MetricsLogger, rank: float | None) -> None:

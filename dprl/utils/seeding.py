@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 
 def seed(value: int) -> None:
     """Seed all generators."""
     torch.manual_seed(value)
-    seed_others(value)
-
-
-def seed_others(value: int) -> None:
-    """Seed the generators of Python and NumPy, from which dprl itself never draws."""
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002  for the code of users
 
@@ -54,6 +50,53 @@ def forked(value: int) -> Iterator[None]:
         yield
     finally:
         set_state(before)
+
+
+class OwnGenerators:
+    """Generators of one environment, which are the global ones while its code runs.
+
+    An environment or a reward that draws from the global generators of NumPy, Python or torch then draws the same
+    numbers whatever else runs in its process.
+
+    Args:
+        value: First seed.
+
+    Example:
+        >>> own = OwnGenerators(0)
+        >>> with own:
+        ...     x = np.random.rand()  # the same number each time
+    """
+
+    def __init__(self, value: int):
+        self.draws_from_python = False  # so far; if not, its state, which takes longest, stays unless `watch` is set
+        self.watch = True
+        self.seed(value)
+
+    def seed(self, value: int) -> None:
+        """Seed them."""
+        self.numpy = np.random.MT19937(value)
+        self.python = random.Random(value).getstate()
+        self.torch = torch.Generator().manual_seed(value).get_state()
+
+    def __enter__(self) -> None:
+        """Make them the global generators."""
+        self.outer_numpy, self.outer_torch = mtrand.get_bit_generator(), torch.get_rng_state()
+        mtrand.set_bit_generator(self.numpy)
+        torch.set_rng_state(self.torch)
+        self.outer_python = random.getstate() if self.watch or self.draws_from_python else None
+        if self.outer_python is not None:
+            random.setstate(self.python)
+
+    def __exit__(self, *error: object) -> None:
+        """Restore the global generators."""
+        mtrand.set_bit_generator(self.outer_numpy)
+        self.torch = torch.get_rng_state()
+        torch.set_rng_state(self.outer_torch)
+        if self.outer_python is not None:
+            state = random.getstate()
+            self.draws_from_python |= state != self.python
+            self.python = state
+            random.setstate(self.outer_python)
 
 
 def seeds(count: int, *entropy: int) -> list[int]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -12,6 +13,7 @@ from algos.dppo import DPPO, DPPOConfig
 from dprl.actors.denoising_chain import DenoisingChainActor
 from dprl.networks.critics import StateValue
 from dprl.policies.regression import RegressionPolicy
+from dprl.rewards import Transition, WeightedSum
 from dprl.rollout.collector import Collector
 from dprl.rollout.evaluation import evaluate
 from dprl.utils.errors import UserError
@@ -59,6 +61,33 @@ def test_the_first_ratio_is_one():
     rollout = collector(16)(algo.actor, 3).flatten()
     logp = algo.actor.log_prob(rollout.obs, rollout.extra["chain"])
     torch.testing.assert_close((logp - rollout.extra["log_prob"]).exp(), torch.ones(48, 4), atol=1e-5, rtol=0)
+
+
+def learned_reward(t: Transition) -> np.ndarray:
+    """Return a reward by a torch module, or -1 where a setting of dprl's own computations reaches it."""
+    if torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
+        return np.full(len(t.act), -1.0)
+    weights = torch.linspace(0.1, 1.0, 64).reshape(1, 64)
+    return (torch.as_tensor(t.act) @ weights @ weights.T).detach().numpy()[:, 0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_environments_and_rewards_compute_as_alone_in_every_precision(precision):
+    rollouts = []
+    for backend in ("sync", "async"):
+        torch.manual_seed(0)
+        algo, envs = (
+            dppo(precision=precision),
+            dict(backend=backend, reward=WeightedSum({"own": (1.0, learned_reward)})),
+        )
+        collect = collector(**envs)
+        rollouts.append(collect(algo.actor.train(), 5))
+        collect.parts[0].close()
+    assert torch.equal(rollouts[0].rew, rollouts[1].rew) and torch.equal(rollouts[0].act, rollouts[1].act)
+    act = rollouts[0].act.clamp(-2, 2)
+    weights = torch.linspace(0.1, 1.0, 64)
+    ran = torch.arange(4) < rollouts[0].length[..., None]
+    torch.testing.assert_close(rollouts[0].rew[ran], (act[..., 0] * (weights**2).sum())[ran], atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_ratio_is_one_up_to_rounding_in_double_precision():

@@ -105,13 +105,13 @@ def test_rollouts(envpool):
     policy = diffusion(obs_shape=[11], act_dim=3, obs_steps=2, horizon=5, act_steps=4)
     policy.fit_normalizers(torch.randn(50, 11), torch.rand(50, 3) * 2 - 1)
     collector = Collector(envs, device=torch.device("cpu"))
-    collector.reset(0, 1)
+    collector.reset(0)
     rollout = collector(policy, 20)
     assert collector.env_steps == int(rollout.length.sum())
     running = ~(rollout.terminated | rollout.truncated)[:-1]
     assert (rollout.next_obs[:-1][running] == rollout.obs[1:][running]).all()
     assert (rollout.next_obs[:-1][~running] != rollout.obs[1:][~running]).any(-1).any(-1).all()
-    collector.reset(0, 1)
+    collector.reset(0)
     assert (rollout.obs[0] == torch.from_numpy(collector._obs[0])).all()
     envs.close()
 

@@ -14,7 +14,6 @@ from dprl import rewards
 from dprl.envs import vector_env
 from dprl.rollout.collector import Collector
 from dprl.training import factory
-from dprl.utils import seeding
 from dprl.utils.errors import UserError
 from dprl.utils.seeding import seeds
 from tests.helpers import toys
@@ -34,9 +33,9 @@ class Constant(nn.Module):
         return self.value.detach().expand(len(obs), *self.size), {"obs": obs}
 
 
-def collector(envs, *entropy) -> Collector:
+def collector(envs, seed: int = 0) -> Collector:
     collect = Collector(*(envs if isinstance(envs, tuple) else (envs,)), device=CPU)
-    collect.reset(*(entropy or (0,)))
+    collect.reset(seed)
     return collect
 
 
@@ -141,7 +140,7 @@ def test_sync_equals_async(num_envs):
     rollouts = []
     for backend in ("sync", "async"):
         envs = vec("dprl/Avoid-v0", num_envs=num_envs, act_steps=8, backend=backend, info_keys=["mode"])
-        collect = collector(envs, 7, 3)
+        collect = collector(envs, 7)
         rollouts.append((collect(Constant(0.01, 8, 2), 12), collect.env_steps))
         envs.close()
     (one, count), (other, other_count) = rollouts
@@ -152,13 +151,13 @@ def test_sync_equals_async(num_envs):
 
 
 def test_seeds_determine_the_episodes():
-    def starts(*entropy):
-        return collector(vec("Aim-v0", num_envs=4), *entropy)(Constant(), 3).obs
+    def starts(seed):
+        return collector(vec("Aim-v0", num_envs=4), seed)(Constant(), 3).obs
 
-    assert torch.equal(starts(0, 1), starts(0, 1))
-    assert not torch.equal(starts(0, 1), starts(0, 2))
+    assert torch.equal(starts(1), starts(1))
+    assert not torch.equal(starts(1), starts(2))
     assert len(set(seeds(100, 5))) == 100
-    assert len(starts(0, 1)[0].unique()) == 4
+    assert len(starts(1)[0].unique()) == 4
 
 
 def test_dictionaries_are_flattened_by_name():
@@ -263,8 +262,7 @@ def test_an_endless_environment_with_a_time_limit():
 def test_episodes_are_replayed(backend):
     actor = Constant(0.1, act_steps=3)
     first, second = (
-        collector(vec("tests.helpers.toys:Drawing-v0", num_envs=3, act_steps=3, backend=backend), 7, 1)
-        for _ in range(2)
+        collector(vec("tests.helpers.toys:Drawing-v0", num_envs=3, act_steps=3, backend=backend), 7) for _ in range(2)
     )
     first(actor, 5)  # episodes of 4 steps: some have ended, some have not
     log = first.action_log()
@@ -272,22 +270,62 @@ def test_episodes_are_replayed(backend):
     second(actor, 2)
     assert second.replay(log)
     assert second.env_steps == first.env_steps > 0
-    if backend == "sync":
-        state = seeding.state()
-    expected = first(actor, 4)
-    if backend == "sync":
-        seeding.set_state(state)
-    replayed = second(actor, 4)
+    expected, replayed = first(actor, 4), second(actor, 4)
     for key in ("obs", "rew", "length", "terminated"):
         assert torch.equal(getattr(expected, key), getattr(replayed, key)), key
     first.parts[0].close()
     second.parts[0].close()
 
 
-def test_episodes_that_cannot_be_replayed_are_noticed():
-    collect = collector(vec("Counter-v0", num_envs=2), 7, 1)  # observes its number of resets
+def test_where_episodes_cannot_be_replayed_new_ones_begin():
+    collect = collector(vec("Counter-v0", num_envs=2), 7)  # observes its number of resets
     collect(Constant(), 2)
-    assert not collect.replay(collect.action_log())
+    log = collect.action_log()
+    assert not collect.replay(log)
+    assert collect.action_log()["chunks"] == [0, 0] and collect.action_log()["episode"] == [1, 1]
+    assert collect.env_steps == log["env_steps"] == 16
+    assert collect(Constant(), 1).obs[0, :, -1, 1].tolist() == [0, 0]  # steps
+
+
+def test_episodes_of_different_ages_are_replayed():
+    def uneven() -> Collector:
+        envs = tuple(vec("Dice-v0", num_envs=2, act_steps=1, first=first) for first in (0, 2))
+        return collector(envs, 3)
+
+    first, second = uneven(), uneven()
+    first(Constant(act_steps=1), 9)
+    log, _ = first.action_log(), first.metrics()
+    assert len(set(log["chunks"])) > 1 and 0 in log["chunks"]
+    assert second.replay(log)
+    assert (first(Constant(act_steps=1), 5).obs == second(Constant(act_steps=1), 5).obs).all()
+    assert first.metrics()["train/return"] == second.metrics()["train/return"]  # of whole episodes
+
+
+def test_an_episode_depends_on_its_environment_and_number_alone():
+    starts = []
+    for num_envs, act_steps in ((3, 1), (2, 4)):
+        collect = collector(vec("Aim-v0", num_envs=num_envs, act_steps=act_steps), 5)
+        rollout = collect(Constant(act_steps=act_steps), 12 // act_steps)
+        starts.append(rollout.obs[:: 4 // act_steps, :2, 0, 0])  # of three episodes of 4 steps
+    assert torch.equal(*starts) and len(starts[0].unique()) == 6
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_global_generators_belong_to_an_environment(processes):
+    """An environment that draws from them gives the same episodes beside others, alone, and in a process."""
+    workers = dict(processes=processes, timeout=None, restarts=0)
+    kinds: list[dict] = [{}, dict(backend="async", workers=workers)]
+    collects = [collector(vec("tests.helpers.toys:Dice-v0", num_envs=2, act_steps=1, **kind), 3) for kind in kinds]
+    collects.append(collector(vec("Dice-v0", num_envs=3, act_steps=1), 3))
+    rollouts = []
+    for collect in collects:
+        torch.manual_seed(0)
+        rollouts.append(collect(Constant(act_steps=1), 12))
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(0)))
+        collect.parts[0].close()
+    for name in ("obs", "rew", "terminated"):
+        assert all(torch.equal(getattr(rollouts[0], name), getattr(other, name)[:, :2]) for other in rollouts[1:]), name
+    assert len(rollouts[0].rew.unique()) == 24 and rollouts[0].terminated.any()
 
 
 def halves(backend: str):

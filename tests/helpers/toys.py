@@ -1,7 +1,10 @@
 """Small environments with known results."""
 
+import random
+
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 
 
@@ -55,6 +58,18 @@ class Drawing(Aim):
         return obs, np.random.rand(), *rest  # noqa: NPY002
 
 
+class Dice(Aim):
+    """Draws its observation, its reward and its end from the global generators of numpy, torch and Python."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.random.uniform(-1, 1, 1), {}  # noqa: NPY002
+
+    def step(self, action):
+        obs = np.random.uniform(-1, 1, 1)  # noqa: NPY002
+        return obs, torch.rand(1).item(), random.random() < 0.3, False, {"success": False}
+
+
 class Named(gym.Env):
     """Observes a dictionary of constant vectors."""
 
@@ -100,5 +115,6 @@ gym.register("Counter-v0", "tests.helpers.toys:Counter", max_episode_steps=10)
 gym.register("Endless-v0", Counter)
 gym.register("Aim-v0", Aim, max_episode_steps=10)
 gym.register("Drawing-v0", "tests.helpers.toys:Drawing", max_episode_steps=10)
+gym.register("Dice-v0", "tests.helpers.toys:Dice", max_episode_steps=10)
 gym.register("Named-v0", Named, max_episode_steps=10)
 gym.register("Camera-v0", Camera, max_episode_steps=10)

@@ -103,7 +103,7 @@ def test_pretraining_stops_at_any_step_on_a_signal(in_process, interrupt, cloned
     place = dict(where="dprl.learning.optim.warmup_cosine", at=step, after=True, action=send("SIGTERM"))
     status, printed = interrupt("pretrain.py", *CLONE, "out=runs/part", **place)
     assert status == 75 and printed.endswith("ended by SIGTERM: continue with resume=runs/part\n")
-    assert checkpoint.step_of(checkpoint.resumable(cloned / "runs/part")[0]) == step
+    assert checkpoint.step_of(checkpoint.resumable(cloned / "runs/part")) == step
     status, printed = in_process("pretrain.py", "resume=runs/part")
     assert status == 0, printed
     assert_same_run(cloned / "runs/part", cloned / "runs/avoid-bc-0")
@@ -145,24 +145,38 @@ def test_finetuning_stops_after_an_iteration_on_a_signal(finetuned_once, in_proc
     place = dict(where="dprl.training.logging.MetricsLogger.log", at=1 + iteration, after=True, action=send(name))
     status, printed = interrupt("finetune.py", *settings, "out=runs/part", **place)
     assert status == 75 and printed.endswith(f"ended by {name}: continue with resume=runs/part\n")
-    newest = checkpoint.resumable(cloned / "runs/part")[0]
+    newest = checkpoint.resumable(cloned / "runs/part")
     assert (checkpoint.step_of(newest), newest.suffix) == (iteration, ".interrupted" if iteration % 2 else "")
     status, printed = in_process("finetune.py", "resume=runs/part")
     assert status == 0 and "cannot be replayed" not in printed, printed
     assert_same_run(cloned / "runs/part", whole)
 
 
-@pytest.mark.parametrize("iteration", [1, 3])
-def test_a_failed_replay_resumes_from_the_checkpoint_before(in_process, interrupt, cloned, monkeypatch, iteration):
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_a_run_whose_episodes_cannot_be_replayed_continues_with_new_ones(
+    in_process, interrupt, cloned, monkeypatch, iteration
+):
     settings = [*DPPO, "algo.env_steps=800"]
-    assert in_process("finetune.py", *settings, "out=runs/whole")[0] == 0
     place = dict(where="dprl.training.logging.MetricsLogger.log", at=1 + iteration, after=True, action=send("SIGTERM"))
     interrupt("finetune.py", *settings, "out=runs/part", **place)
-    real = Collector.replay
-    monkeypatch.setattr(Collector, "replay", lambda self, log: real(self, log) and log["acts"] is None)
+    monkeypatch.setattr(Collector, "_replay_part", lambda self, p: False)
     status, printed = in_process("finetune.py", "resume=runs/part")
-    assert status == 0 and "cannot be replayed" in printed, printed
-    assert_same_run(cloned / "runs/part", cloned / "runs/whole")
+    assert status == 0 and "cannot be replayed, so new ones begin" in printed, printed
+    run = cloned / "runs/part"
+    assert [line["step"] for line in metrics(run)] == list(range(result(run)["iterations"] + 1))
+
+
+def test_how_often_a_run_validates_changes_nothing_that_is_learned(in_process, cloned):
+    runs = []
+    for every in (1, 3, 100):
+        settings = [*DPPO, "evaluation.choose=last", f"evaluation.every={every}", f"out=runs/every{every}"]
+        status, printed = in_process("finetune.py", *settings)
+        assert status == 0, printed
+        runs.append(cloned / f"runs/every{every}")
+    lines = [[line for line in metrics(run) if "ratio" in line] for run in runs]  # of iterations
+    own = [[{key: line[key] for key in line if "validation" not in key} for line in part] for part in lines]
+    assert own[0] == own[1] == own[2] and len(own[0]) > 4
+    assert weights(runs[0]) == weights(runs[1]) == weights(runs[2])
 
 
 def test_a_signal_outside_of_training_ends_the_run_at_once(in_process, interrupt, cloned):
@@ -321,7 +335,7 @@ def test_workers_ignore_the_signals_that_stop_a_run(cloned):
         os.killpg(process.pid, getattr(signal, name))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75 and "Traceback" not in errors
-    assert checkpoint.resumable(cloned / "runs/part")[0].suffix == ".interrupted"
+    assert checkpoint.resumable(cloned / "runs/part").suffix == ".interrupted"
 
 
 def test_the_state_of_all_random_generators_is_restored():

@@ -63,11 +63,12 @@ def test_the_first_ratio_is_one_in_either_precision(name, denoiser):
 def test_chunks_drawn_in_bfloat16_are_float32():
     algo = dppo(precision="bf16")
     obs, sums = torch.randn(7, 1, 1), []
-    with algo.autocast, torch.no_grad():
+    with torch.no_grad():
         act, extra = algo.actor.train()(obs)
         assert (act.dtype, extra["chain"].dtype, extra["log_prob"].dtype) == (torch.float32,) * 3
         assert not torch.equal(act, act.bfloat16().float())
         sums.append(algo.actor.log_prob(obs, extra["chain"]))
+    algo.actor.autocast = autocast("fp32", CPU)
     sums.append(algo.actor.log_prob(obs, extra["chain"]))
     assert 0 < (sums[0] - sums[1]).abs().max() < 0.1  # only the first is rounded
     assert algo.value(obs).dtype == torch.float32
@@ -79,9 +80,9 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
     rollout = rollout.flatten()
     adv = torch.randn(len(rollout.length), 1).expand(-1, 4)
     grads = []
-    for context in (autocast("fp32", CPU), algo.autocast):
-        with context:
-            log_prob = algo.actor.log_prob(rollout.obs, rollout.extra["chain"])
+    for context in (autocast("fp32", CPU), algo.actor.autocast):
+        algo.actor.autocast = context
+        log_prob = algo.actor.log_prob(rollout.obs, rollout.extra["chain"])
         loss, _ = ppo_loss(log_prob, log_prob.detach(), adv, algo.clip)
         parts = torch.autograd.grad(loss, list(algo.actor.finetuned.parameters()))
         assert {part.dtype for part in parts} == {torch.float32}

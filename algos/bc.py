@@ -20,7 +20,7 @@ from dprl.utils import seeding, signals
 from dprl.utils.device import Precision, autocast
 from dprl.utils.errors import require
 from dprl.utils.timer import NullTimer, Timer
-from dprl.utils.types import Fraction, NonNegative, Positive, PositiveInt, ProperFraction, Settings
+from dprl.utils.types import Betas, Fraction, NonNegative, Positive, PositiveInt, ProperFraction, Settings
 
 COLUMNS = ("obs", "act", "mask", "label")  # of a window
 
@@ -38,6 +38,7 @@ class BCConfig(Settings):
     lr_final: NonNegative
     warmup: Fraction
     weight_decay: NonNegative
+    betas: Betas
     max_grad_norm: Positive
     ema: ProperFraction
     ema_every: PositiveInt
@@ -94,7 +95,7 @@ class BehaviorCloning(Algorithm):
         self.ema = ExponentialMovingAverage(policy, cfg.ema, cfg.ema_every).eval()
         super().__init__(self.ema.module, cfg)
         self.optimizer = adamw(
-            policy.parameters(), lr=(cfg.lr, cfg.lr_final), warmup=cfg.warmup, weight_decay=cfg.weight_decay
+            policy, lr=(cfg.lr, cfg.lr_final), warmup=cfg.warmup, weight_decay=cfg.weight_decay, betas=cfg.betas
         )
         sampler = EpochSampler(len(self.dataset), batch=cfg.batch_size, seed=seed)
         self.batches = Prefetcher(self.dataset, sampler, policy.prepare_batch)

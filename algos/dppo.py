@@ -22,7 +22,7 @@ from dprl.learning.ppo import clip_ranges, ppo_loss, value_loss
 from dprl.networks.normalizer import Obs
 from dprl.utils.device import Precision, autocast
 from dprl.utils.metrics import MetricSums
-from dprl.utils.types import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Settings
+from dprl.utils.types import Betas, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class DPPOConfig(Settings):
     critic_lr_final: NonNegative
     lr_warmup: Fraction
     weight_decay: NonNegative
+    betas: Betas
     critic_warmup: NonNegativeInt
     min_std_final: Positive
     scale_rewards: bool
@@ -71,10 +72,10 @@ class DPPO(Algorithm):
         super().__init__(actor(policy=policy), cfg := DPPOConfig(**settings))
         self.finetuned, steps = self.actor.finetuned, self.actor.ft_denoising_steps
         self.critic = critic(obs_shape=self.actor.obs_shape, obs_steps=self.actor.obs_steps).to(self.device)
-        schedule = dict(warmup=cfg.lr_warmup, weight_decay=cfg.weight_decay)
-        self.actor_optimizer = adamw(self.finetuned.parameters(), lr=(cfg.actor_lr, cfg.actor_lr_final), **schedule)
-        self.critic_optimizer = adamw(self.critic.parameters(), lr=(cfg.critic_lr, cfg.critic_lr_final), **schedule)
-        self.return_scale = ReturnScale(cfg.gamma) if cfg.scale_rewards else None
+        schedule: dict[str, Any] = dict(warmup=cfg.lr_warmup, weight_decay=cfg.weight_decay, betas=cfg.betas)
+        self.actor_optimizer = adamw(self.finetuned, lr=(cfg.actor_lr, cfg.actor_lr_final), **schedule)
+        self.critic_optimizer = adamw(self.critic, lr=(cfg.critic_lr, cfg.critic_lr_final), **schedule)
+        self.return_scale = ReturnScale() if cfg.scale_rewards else None
         self.clip = clip_ranges(cfg.clip_first, cfg.clip_last, rate=cfg.clip_rate, steps=steps).to(self.device)
         self.denoising_discount = cfg.gamma_denoising ** torch.arange(steps - 1, -1, -1, device=self.device)  # [K']
         self.bc_discount = cfg.bc_discount ** torch.arange(steps, device=self.device)  # [K'], 1 at the noisiest step

@@ -83,22 +83,35 @@ def chunk_advantages(
     columns = dict(obs=rollout.obs, **dict(rollout.extra.items()), value=value, adv=adv, target=target)
     rows: Any = TensorDict(columns, batch_size=[t, n]).flatten()
     ran = rollout.ran.flatten()
-    explained = 1 - (target - value).var(correction=0) / target.var(correction=0).clamp(min=1e-8)
+    variance, error = target.var(correction=0), (target - value).var(correction=0)
+    explained = 1 - error / variance.clamp(min=torch.finfo(variance.dtype).tiny)
     metrics = {"explained_variance": float(explained), "value": float(value.mean())}
+    if return_scale is not None:
+        metrics["return_scale"] = return_scale.value
     return rows if bool(ran.all()) else rows[ran], metrics
+
+
+LARGEST_RETURN = 10.0  # of scaled rewards
 
 
 class ReturnScale:
     """Divides rewards by the standard deviation of the discounted return so far, over all environments.
 
-    Args:
-        gamma: Discount of an environment step.
+    Where successes are rare, this deviation is far smaller than the return of one. So the divisor is at least a tenth
+    of the largest return so far, and no scaled return exceeds `LARGEST_RETURN`.
     """
 
-    def __init__(self, gamma: float):
-        self.gamma = gamma
+    fields = ("running", "count", "mean", "square", "largest")
+
+    def __init__(self) -> None:
         self.running: Tensor | None = None  # discounted return of each environment [N]
-        self.count, self.mean, self.square = 0, 0.0, 0.0
+        self.count, self.mean, self.square, self.largest = 0, 0.0, 0.0, 0.0
+
+    @property
+    def value(self) -> float:
+        """The number that rewards are divided by."""
+        deviation = (self.square / max(1, self.count)) ** 0.5
+        return max(deviation, self.largest / LARGEST_RETURN) or 1.0  # without any reward so far: 1
 
     def __call__(self, rew: Tensor, discount: Tensor, done: Tensor) -> Tensor:
         """Update the scale and return the scaled rewards.
@@ -116,10 +129,11 @@ class ReturnScale:
             running = running * ~done[t]
         self.running = running
         self._merge(torch.stack(returns).double())
-        return rew / max(1e-4, (self.square / self.count) ** 0.5)
+        return rew / self.value
 
     def _merge(self, values: Tensor) -> None:
         """Merge the mean and the sum of squared deviations of a batch (Chan et al., 1979)."""
+        self.largest = max(self.largest, float(values.abs().max()))
         n, mean = values.numel(), float(values.mean())
         square = float((values - mean).square().sum())
         total, gap = self.count + n, mean - self.mean
@@ -129,10 +143,9 @@ class ReturnScale:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics."""
-        return {"running": self.running, "count": self.count, "mean": self.mean, "square": self.square}
+        return {name: getattr(self, name) for name in self.fields}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore statistics from `state_dict`."""
-        self.running, self.count, self.mean, self.square = (
-            state[key] for key in ("running", "count", "mean", "square")
-        )
+        for name in self.fields:
+            setattr(self, name, state[name])

@@ -47,7 +47,7 @@ class OnlineCloning(Stateful):
                 fix="algo.bc_lr=0",
             )
         self.policy, self.trained = policy, copy.deepcopy(policy)
-        self.optimizer = adamw(self.trained.parameters(), lr=(lr, lr))
+        self.optimizer = adamw(self.trained, lr=(lr, lr))
         self.polyak, self.max_grad_norm = polyak, max_grad_norm
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class EnergyLearner(Stateful):
         assert actor.energy is not None
         self.actor, self.energy, self.data, self.cfg = actor, actor.energy, data, config
         self.total, self.step = config.energy_steps, 0
-        self.optimizer = adamw(actor.energy.parameters(), lr=(LR, LR))
+        self.optimizer = adamw(actor.energy, lr=(LR, LR))
 
     def update(self, count: int) -> dict[str, float]:
         """Take `count` gradient steps and return the mean loss."""

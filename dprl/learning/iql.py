@@ -143,9 +143,7 @@ class IQLLearner(Stateful):
         if data is not None:
             self.learn_from(data)
         self.optimizer = adamw(
-            [*critic.q.parameters(), *critic.v.parameters()],
-            lr=(config.critic_lr, config.critic_lr_final),
-            warmup=config.lr_warmup,
+            critic.q, critic.v, lr=(config.critic_lr, config.critic_lr_final), warmup=config.lr_warmup
         )
 
     def parts(self) -> dict[str, Any]:
@@ -156,8 +154,9 @@ class IQLLearner(Stateful):
         """Set the data to learn from. A new critic takes its reward scale from the spread of their returns."""
         self.data = data
         if self.sets_scale and self.step == 0:
-            spread = float(data.to_go[data.begins].std(correction=0))
-            self.critic.scale.fill_(1 / spread if spread > 1e-6 else 1.0)  # equal returns define no scale
+            returns = data.to_go[data.begins]
+            spread, largest = float(returns.std(correction=0)), float(returns.abs().max())
+            self.critic.scale.fill_(1 / spread if spread > 1e-6 * largest else 1.0)  # equal returns define no scale
 
     def update(
         self, steps: int, replay: ReplayBuffer | None = None, extra_update: ExtraUpdate | None = None

@@ -1,7 +1,7 @@
 """Optimizers with their learning-rate schedule, and the gradient step that all algorithms share."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,19 +15,31 @@ skipped_batches: WeakKeyDictionary[Optimizer, dict[str, Tensor]] = WeakKeyDictio
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], *, lr: tuple[float, float], warmup: float = 0.0, weight_decay: float = 0.0
+    *modules: nn.Module,
+    lr: tuple[float, float],
+    warmup: float = 0.0,
+    weight_decay: float = 0.0,
+    betas: Sequence[float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
     """Return a fused AdamW whose learning rate follows a cosine; `anneal` sets it.
 
     Args:
-        parameters: Parameters to optimize.
+        *modules: Modules to optimize.
         lr: Learning rate after the warm-up and at the end of training.
         warmup: Fraction of training over which the rate grows linearly from 0.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay of matrices and kernels; biases, norms and embeddings have none.
+        betas: Decay rates of the averages of gradients and squared gradients.
     """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for owner in dict.fromkeys(part for module in modules for part in module.modules()):
+        for name, parameter in owner.named_parameters(recurse=False):
+            is_weight = parameter.ndim > 1 and not name.endswith("emb") and not isinstance(owner, nn.Embedding)
+            (decayed if is_weight or not weight_decay else others).append(parameter)
     schedule = {"lr_start": lr[0], "lr_end": lr[1], "lr_warmup": warmup}
-    group = {"params": list(parameters), **schedule}
-    return torch.optim.AdamW([group], lr=lr[0], weight_decay=weight_decay, fused=True)
+    parts = ((decayed, weight_decay), (others, 0.0))
+    groups = [{"params": part, "weight_decay": decay} | schedule for part, decay in parts if part]
+    return torch.optim.AdamW(groups, lr=lr[0], betas=(betas[0], betas[1]), fused=True)
 
 
 def anneal(optimizer: Optimizer, progress: float) -> None:

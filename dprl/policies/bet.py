@@ -94,7 +94,7 @@ class BeTPolicy(AutoregressivePolicy):
         self.bins, self.focal_gamma, self.offset_weight = bins, focal_gamma, offset_weight
         self.register_buffer("centres", torch.zeros(bins, self.act_dim))  # normalised
         self.embed = ObsLinear(self.input_size, hidden_dim)
-        self.position = nn.Parameter(0.02 * torch.randn(self.horizon, hidden_dim))
+        self.pos_emb = nn.Parameter(0.02 * torch.randn(self.horizon, hidden_dim))
         block: dict[str, Any] = dict(
             dim_feedforward=4 * hidden_dim, dropout=dropout, activation="gelu", batch_first=True, norm_first=True
         )
@@ -112,7 +112,7 @@ class BeTPolicy(AutoregressivePolicy):
     def unroll(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Process further steps; the state is all inputs so far, which are short enough to be processed again."""
         new, x = x.shape[1], x if state is None else torch.cat([state, x], 1)
-        h = self.embed(x) + self.position[: x.shape[1]]
+        h = self.embed(x) + self.pos_emb[: x.shape[1]]
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device)
         for block in self.blocks:
             h = block(h, src_mask=mask, is_causal=True)

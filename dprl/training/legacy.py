@@ -105,6 +105,7 @@ WEIGHTS = [  # in sequence; each pattern stands for whole attributes of modules
     (r"(^|\.)past\.", r"\1shortcut."),
     (r"(^|\.)places\.", r"\1keypoints."),  # a layer of the image encoder
     (r"(^|\.)(memory_)?places$", r"\1\2pos_emb"),  # a parameter of the Transformer
+    (r"(^|\.)position$", r"\1pos_emb"),  # of BeT
     (r"(^|\.)steepness$", r"\1gradient_norm"),
 ]
 

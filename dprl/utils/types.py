@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -24,6 +24,8 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
 OpenFraction = Annotated[float, Gt(0), Lt(1)]
+
+Betas = tuple[ProperFraction, ProperFraction]  # of Adam
 
 WORDS = {Ge: "at least", Gt: "more than", Le: "at most", Lt: "less than"}
 TESTS: dict[type, Callable[[float, float], bool]] = {
@@ -58,7 +60,9 @@ def check_value(value: Any, hint: Any, path: str) -> None:
         if get_origin(options[0]) is not Annotated
         else (options[0].__origin__, options[0].__metadata__)
     )
-    if get_origin(kind) is Literal:
+    if get_origin(kind) is tuple:
+        _check_tuple(value, get_args(kind), path)
+    elif get_origin(kind) is Literal:
         choices = get_args(kind)
         if value not in choices:
             raise UserError(
@@ -70,15 +74,28 @@ def check_value(value: Any, hint: Any, path: str) -> None:
         _check_number(value, kind, bounds, path)
 
 
+def _check_tuple(value: Any, hints: tuple[Any, ...], path: str) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(hints):
+        example = [_example(hint.__origin__, _limits(hint.__metadata__)) for hint in hints]
+        fix = f"{path}={example}".replace(" ", "")
+        raise UserError(f"{path} has the wrong length", expected=f"a list of {len(hints)}", got=value, fix=fix)
+    for i, (part, hint) in enumerate(zip(value, hints, strict=True)):
+        check_value(part, hint, f"{path}[{i}]")
+
+
 def _check_number(value: Any, kind: type, bounds: tuple[Any, ...], path: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     whole = number and (isinstance(value, int) or value.is_integer())
-    limits = [(type(bound), next(iter(dataclasses.asdict(bound).values()))) for bound in bounds]
+    limits = _limits(bounds)
     if number and (whole or kind is float) and all(TESTS[test](value, limit) for test, limit in limits):
         return
     words = " and ".join(f"{WORDS[test]} {limit:g}" for test, limit in limits)
     expected = ("a whole number" if kind is int else "a number") + (f", {words}" if words else "")
     raise UserError(f"{path} is out of range", expected=expected, got=value, fix=f"{path}={_example(kind, limits)}")
+
+
+def _limits(bounds: tuple[Any, ...]) -> list[tuple[type, float]]:
+    return [(type(bound), next(iter(dataclasses.asdict(bound).values()))) for bound in bounds]
 
 
 def _example(kind: type, limits: list[tuple[type, float]]) -> float:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,7 +62,7 @@ def test_chunk_rewards_and_discounts_by_hand():
 def test_rewards_are_divided_by_the_std_of_the_discounted_returns_so_far():
     rng = np.random.default_rng(0)
     rew, done = rng.normal(2, 5, (3, 20, 4)), rng.random((3, 20, 4)) < 0.1
-    scale, running, returns = ReturnScale(0.9), np.zeros(4), []
+    scale, running, returns = ReturnScale(), np.zeros(4), []
     for r, d in zip(rew, done, strict=True):
         out = scale(torch.tensor(r), torch.full((20, 4), 0.9, dtype=torch.float64), torch.tensor(d))
         for t in range(20):
@@ -69,9 +70,23 @@ def test_rewards_are_divided_by_the_std_of_the_discounted_returns_so_far():
             returns.append(running)
             running = running * ~d[t]
         np.testing.assert_allclose(out, r / np.std(returns), rtol=1e-6)
-    resumed = ReturnScale(0.9)
+    resumed = ReturnScale()
     resumed.load_state_dict(scale.state_dict())
-    assert (resumed.count, resumed.mean, resumed.square) == (scale.count, scale.mean, scale.square)
+    assert vars(resumed).keys() == vars(scale).keys()
+    assert resumed.state_dict() == scale.state_dict() and resumed.value == scale.value
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6, 1e6])
+def test_rare_rewards_are_scaled_to_a_bounded_return_in_any_unit(unit):
+    scale, discount, done = ReturnScale(), torch.full((50, 20), 0.9), torch.zeros(50, 20, dtype=torch.bool)
+    done[9::10] = True
+    rew = torch.zeros(50, 20)
+    assert (scale(rew, discount, done) == 0).all()
+    rew[9, 0] = unit  # one success in 200 episodes; the standard deviation of the returns is a 45th of it
+    assert float(scale(rew, discount, done).max()) == pytest.approx(10)
+    rew[9::10] = unit  # every episode succeeds
+    values = [float(scale(rew, discount, done).max()) for _ in range(20)]
+    assert values == sorted(values, reverse=True) and 3 < values[-1] < 5
 
 
 class Sizes(NamedTuple):

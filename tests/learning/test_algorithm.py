@@ -33,7 +33,7 @@ class Offline(Algorithm):
     def __init__(self, *, policy: nn.Module, **settings):
         super().__init__(policy, OfflineConfig(**settings))
         self.network = nn.Linear(2, 1)
-        self.optimizer = adamw(self.network.parameters(), lr=(1e-2, 1e-3))
+        self.optimizer = adamw(self.network, lr=(1e-2, 1e-3))
         self.drawn = 0.0
 
     def train(self, collect):

@@ -17,14 +17,30 @@ def test_the_learning_rate_warms_up_linearly_and_decays_by_a_cosine(progress, ra
 
 def test_the_state_of_an_optimizer_includes_its_schedule_and_backoff():
     net = nn.Linear(2, 1)
-    optimizer = adamw(net.parameters(), lr=(1e-2, 1e-3), warmup=0.5)
+    optimizer = adamw(net, lr=(1e-2, 1e-3), warmup=0.5)
     anneal(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
     optimizer.param_groups[0]["backoff"] = 0.5  # as the divergence guard sets it
-    loaded = adamw(net.parameters(), lr=(1.0, 1.0))
+    loaded = adamw(net, lr=(1.0, 1.0))
     loaded.load_state_dict(optimizer.state_dict())
     anneal(loaded, 1.0)
     assert loaded.param_groups[0]["lr"] == pytest.approx(5e-4)
+
+
+def test_weight_decay_spares_biases_norms_and_embeddings():
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Embedding(5, 4), nn.Conv1d(4, 4, 3))
+    net.register_parameter("pos_emb", nn.Parameter(torch.ones(2, 4)))
+    for parameter in net.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = adamw(net, lr=(0.1, 0.1), weight_decay=0.5, betas=(0.8, 0.9))
+    optimizer.step()
+    changed = {
+        name for name, parameter in net.named_parameters() if not torch.equal(parameter, torch.ones_like(parameter))
+    }
+    assert changed == {"0.weight", "3.weight"}
+    assert all(group["betas"] == (0.8, 0.9) and "lr_start" in group for group in optimizer.param_groups)
+    assert [len(group["params"]) for group in adamw(net, lr=(0.1, 0.1)).param_groups] == [8]
 
 
 def test_a_gradient_step_clips_and_returns_the_norm():

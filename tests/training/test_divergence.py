@@ -26,7 +26,7 @@ class Fit:
     def __init__(self, folder, bad=(), *, rollbacks: int = 2, only_gradient: bool = False):
         torch.manual_seed(0)
         self.net, self.bad, self.only_gradient, self.step = nn.Linear(3, 1), set(bad), only_gradient, 0
-        self.optimizer = adamw(self.net.parameters(), lr=(0.1, 0.1))
+        self.optimizer = adamw(self.net, lr=(0.1, 0.1))
         self.guard = DivergenceGuard([self.net, self.optimizer], folder=folder, rollbacks=rollbacks)
 
     def iteration(self, steps: int = 4) -> dict[str, float]:
@@ -125,7 +125,7 @@ def test_the_guard_does_not_change_finite_training(tmp_path):
         fit.iteration()
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
-    optimizer = adamw(net.parameters(), lr=(0.1, 0.1))
+    optimizer = adamw(net, lr=(0.1, 0.1))
     for step in range(1, 13):
         optimizer.zero_grad(set_to_none=True)
         net(torch.full((5, 3), step / 10)).square().mean().backward()

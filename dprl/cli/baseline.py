@@ -18,6 +18,7 @@ from dprl.envs.vector_env import VecEnv
 from dprl.rollout.evaluation import Evaluation, evaluate, final_seeds
 from dprl.training import factory, run
 from dprl.training.logging import MetricsLogger, history
+from dprl.training.resume import prepare_run
 from dprl.utils.errors import UserError
 from dprl.utils.files import write_json
 
@@ -105,7 +106,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> None:
         UserError: If a setting is invalid, or the task's observations or actions do not suit Stable-Baselines3.
     """
     check_config(cfg)
-    run_dir = run.prepare_run(cfg, overrides)
+    run_dir = prepare_run(cfg, overrides)
     counts = dict(env_steps=1, num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)
     run.check_counts(cfg, **counts, evaluation__seed=0)
     device = run.start_process(cfg)

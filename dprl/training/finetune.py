@@ -12,6 +12,7 @@ from dprl.rollout.statistics import difference
 from dprl.training import checkpoint, factory, report, run
 from dprl.training.logging import MetricsLogger, history
 from dprl.training.report import write_choices, write_comparison
+from dprl.training.resume import prepare_run
 from dprl.training.trainer import Trainer
 from dprl.utils import signals
 from dprl.utils.device import compile_denoiser
@@ -33,7 +34,7 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
     Raises:
         UserError: If a setting is out of range, or policy, data and task do not fit.
     """
-    run_dir = run.prepare_run(cfg, overrides)
+    run_dir = prepare_run(cfg, overrides)
     cfg, folder = run_dir.cfg, run_dir.folder
     check_settings(cfg)
     factory.check_node(run.plain(cfg)["algo"], "algo")

@@ -12,6 +12,7 @@ from dprl.policies.base import ChunkPolicy
 from dprl.rollout.evaluation import evaluate, final_seeds
 from dprl.training import factory, report, run
 from dprl.training.logging import MetricsLogger, history
+from dprl.training.resume import prepare_run
 from dprl.training.trainer import Trainer
 from dprl.utils import signals
 from dprl.utils.device import compile_denoiser
@@ -32,7 +33,7 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     Raises:
         UserError: If a setting is out of range, or the data do not fit the task.
     """
-    run_dir = run.prepare_run(cfg, overrides)
+    run_dir = prepare_run(cfg, overrides)
     cfg, folder = run_dir.cfg, run_dir.folder
     run.check_guards(cfg)
     counts = dict(evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1, evaluation__seed=0)

@@ -16,7 +16,7 @@ from dprl.training import trust as trust_rules
 from dprl.utils import seeding
 from dprl.utils.device import has_bfloat16, pick_device, resolve_precision
 from dprl.utils.errors import UserError
-from dprl.utils.files import FULL, read_mapping, replacing
+from dprl.utils.files import FULL, lock, read_mapping, replacing
 from dprl.utils.metrics import warn
 from dprl.utils.system import default_threads, machine, peak_megabytes, set_up_libraries, versions
 
@@ -77,93 +77,13 @@ class RunDir:
                 text = json.dumps(plain(self.cfg), indent=2)  # unlike `write_json`, keeps infinities
                 (folder / "config.json").write_text(text + "\n")
                 fill(folder)
+            lock(self.folder)
         except OSError as error:
             if error.errno in FULL:
                 raise
             raise UserError(
                 f"{self.folder} cannot be made", expected="a new folder", got=error, fix="out=runs/<another name>"
             ) from None
-
-
-def prepare_run(cfg: DictConfig, overrides: list[str]) -> RunDir:
-    """Decide which run to start or resume.
-
-    `resume=<folder>` resumes with the config saved there and accepts no other settings. `resume=auto` starts the run,
-    or resumes it if its folder exists and has the same settings.
-
-    Args:
-        cfg: The composed config.
-        overrides: The settings on the command line.
-
-    Raises:
-        UserError: If the folder holds another run, there is nothing to resume, or the settings differ.
-    """
-    if cfg.resume not in (None, "auto"):
-        return _resumed(cfg, overrides)
-    folder = Path(cfg.out)
-    if not folder.exists():
-        check_out(folder)
-        return RunDir(folder, cfg, started=False)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is a file", expected="a new folder for a new run", got="a file", fix="out=runs/<another name>"
-        )
-    if cfg.resume is None:
-        raise UserError(
-            f"{folder} exists",
-            expected="a new folder for a new run",
-            got="an earlier run",
-            fix=f"resume={folder} to resume it, or out=runs/<another name>",
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is no run", expected="a run's folder", got="no config.json in it", fix="out=runs/<another name>"
-        )
-    saved = read_mapping(folder / "config.json")
-    _refuse_legacy(saved, folder)
-    _compare(folder, saved, plain(cfg))
-    return RunDir(folder, cfg, started=True)
-
-
-def _resumed(cfg: DictConfig, overrides: list[str]) -> RunDir:
-    folder = Path(cfg.resume)
-    others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] not in UNSAVED]
-    if others:
-        raise UserError(
-            "resume= uses the settings saved with the run",
-            expected="no other settings",
-            got=" ".join(others),
-            fix="drop them, or start a new run: out=runs/<name>",
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            "nothing to resume",
-            expected="a run's folder",
-            got=f"no config.json in {folder}",
-            fix="resume=runs/<run>",
-        )
-    saved = read_mapping(folder / "config.json")
-    _refuse_legacy(saved, folder)
-    trust_rules.check(saved, folder / "config.json")
-    present = plain(cfg)
-    if set(saved) != set(present):
-        raise UserError(
-            f"{folder} is a run of another program, or of another version",
-            expected="a run of this program",
-            got=f"settings that only one of them has: {sorted(set(saved) ^ set(present))}",
-            fix="resume it with the program that began it",
-        )
-    return RunDir(folder, DictConfig(saved | {key: cfg[key] for key in UNSAVED}), started=True)
-
-
-def _refuse_legacy(saved: dict[str, Any], folder: Path) -> None:
-    if legacy.is_legacy(saved):
-        raise UserError(
-            f"{folder} was begun by an older version of dprl and cannot be resumed",
-            expected="a run of this version",
-            got="a config.json with names of that version",
-            fix=f"evaluate it as it is, or fine-tune from it: policy_from={folder} out=runs/<another name>",
-        )
 
 
 def load_config(folder: Path, *keys: str, trust: bool = False) -> dict[str, Any]:
@@ -312,26 +232,3 @@ def _precision(cfg: DictConfig, device: torch.device) -> dict[str, str]:
     """Return the resolved precision of the updates; nothing for an algorithm without such a setting."""
     requested = OmegaConf.select(cfg, "train.precision") or OmegaConf.select(cfg, "algo.precision")
     return {"precision": resolve_precision(requested, device)} if requested else {}
-
-
-def _compare(folder: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise a `UserError` if the config of a run differs from the given one."""
-
-    def flat(value: Any, key: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict) or not value:
-            return {key: value}
-        out = {}
-        for name, part in value.items():
-            out |= flat(part, f"{key}.{name}" if key else name)
-        return out
-
-    before, now = flat(saved), flat(given)
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"resume=auto: {folder} was made with other settings ({', '.join(changed[:5])})",
-            expected=f"{key}={before.get(key)}, as saved",
-            got=f"{key}={now.get(key)}",
-            fix="drop the change, or start a new run: out=runs/<name>",
-        )

@@ -2,12 +2,16 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dprl.utils.errors import UserError
 
@@ -92,6 +96,49 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+_locks: dict[tuple[int, int], IO[str]] = {}  # the files that this process has locked, by device and inode
+
+
+def lock(folder: Path) -> None:
+    """Make this process the owner of a folder until it ends, also if it is killed; its children do not own it.
+
+    Args:
+        folder: An existing folder, which gets the file `lock`.
+
+    Raises:
+        UserError: If another process is the owner, or `lock` is no plain file.
+    """
+    path = folder / "lock"
+    if os.path.lexists(path):
+        status = path.lstat()
+        if (status.st_dev, status.st_ino) in _locks:  # opening the file again would end the lock
+            return
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(
+                f"{path} is no plain file", expected="a file of the run", got="a link or device", fix="delete it"
+            )
+    with naming(path):
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644), "r+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = "".join(filter(str.isprintable, file.read(200)))
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise UserError(
+            f"{folder} is in use",
+            expected="one process for each run",
+            got=owner or "another process",
+            fix="wait until it ends, or out=runs/<another name>",
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    status = os.fstat(file.fileno())
+    _locks[status.st_dev, status.st_ino] = file
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

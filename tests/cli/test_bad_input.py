@@ -198,6 +198,8 @@ BAD |= {  # the command line
     "text for a rate": (["pretrain.py", "train.lr=fast"], ["train.lr", "fast"]),
     "a number for a name": (["pretrain.py", "name=5"], ["name", "text", "'5'"]),
     "a number for a list": (["finetune.py", "algo=guided", "algo.scales=0.1"], ["algo.scales", "a list"]),
+    "one of two betas": (["pretrain.py", "train.betas=[0.9]"], ["a list of 2", "fix:      train.betas=[0.5,0.5]"]),
+    "a beta of 1": (["pretrain.py", "train.betas=[0.9,1]"], ["train.betas[1] is out of range", "less than 1"]),
     "text for true": (["finetune.py", "algo.scale_rewards=yep"], ["algo.scale_rewards", "true or false"]),
     "NaN": (["finetune.py", "algo.gamma=nan"], ["algo.gamma", "nan"]),
     "trust that is neither": (["finetune.py", "trust=perhaps"], ["trust", "true or false"]),
@@ -397,11 +399,11 @@ def folder(tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return a hash of every file in a folder, by path."""
+    """Return a hash of every file in a folder, by path, without the lock of a run that is resumed."""
     return {
         str(path.relative_to(folder)): hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
-        if "__pycache__" not in path.parts
+        if "__pycache__" not in path.parts and path.name != "lock"
     }
 
 

@@ -37,7 +37,7 @@ def test_from_demonstrations_to_a_comparison(command, cloned):
     for name in ("comparison.md", "comparison.png"):
         assert (run / name).stat().st_size > 0
         assert f"runs/avoid-dppo-0/{name}" in done.stdout
-    assert "runs/avoid-dppo-0: tuned" in done.stdout
+    assert "runs/avoid-dppo-0: fine-tuned" in done.stdout
     table = command("dprl compare", "runs/avoid-dppo-0", "runs/avoid-bc-0").stdout
     assert "| runs/avoid-bc-0 " in table
     assert (cloned / "runs/compare/compare.png").stat().st_size > 10_000

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dprl.rollout.evaluation import evaluate, final_seeds
-from dprl.training import checkpoint, factory, legacy, run, trust
+from dprl.training import checkpoint, factory, legacy, resume, run, trust
 from dprl.utils.errors import UserError
 from tests.training.test_checkpoint import CHAIN, POLICY, edit, saved
 
@@ -105,10 +105,10 @@ def test_unknown_old_names_stay_refused(tmp_path, monkeypatch):
             checkpoint.load(tmp_path / "a")
 
 
-@pytest.mark.parametrize("resume", ["folder", "auto"])
-def test_an_old_run_is_not_resumed(tmp_path, resume):
+@pytest.mark.parametrize("how", ["folder", "auto"])
+def test_an_old_run_is_not_resumed(tmp_path, how):
     folder = tmp_path / "run"
     shutil.copytree(OLD / "dppo", folder)
-    cfg = OmegaConf.create({"resume": str(folder) if resume == "folder" else "auto", "out": str(folder)})
+    cfg = OmegaConf.create({"resume": str(folder) if how == "folder" else "auto", "out": str(folder)})
     with pytest.raises(UserError, match=r"older version of dprl and cannot be resumed[\s\S]*policy_from="):
-        run.prepare_run(cfg, [])
+        resume.prepare_run(cfg, [])

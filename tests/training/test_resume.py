@@ -100,7 +100,7 @@ def test_an_interrupted_and_resumed_pretraining_is_bit_identical(in_process, int
 
 @pytest.mark.parametrize("step", [1, 15, 20, 60])
 def test_pretraining_stops_at_any_step_on_a_signal(in_process, interrupt, cloned, step):
-    place = dict(where="dprl.learning.optim.warmup_cosine", at=step, after=True, action=send("SIGTERM"))
+    place = dict(where="dprl.learning.optim.anneal", at=step, after=True, action=send("SIGTERM"))
     status, printed = interrupt("pretrain.py", *CLONE, "out=runs/part", **place)
     assert status == 75 and printed.endswith("ended by SIGTERM: continue with resume=runs/part\n")
     assert checkpoint.step_of(checkpoint.resumable(cloned / "runs/part")) == step
@@ -356,3 +356,46 @@ def test_the_state_of_all_random_generators_is_restored():
     assert draw() == first
     with seeding.forked(7):
         assert draw() == inside != first
+
+
+def test_how_a_run_is_computed_may_change_when_it_is_resumed(in_process, interrupt, cloned):
+    interrupt("finetune.py", *DPPO, "out=runs/part", **CUTS["between checkpoints"])
+    moved = shutil.copy(cloned / "data/avoid-0.hdf5", cloned / "moved.hdf5")
+    free = ["threads=1", "device=cpu", "checkpoints=3", "task.env.backend=async", f"data.path={moved}"]
+    status, printed = in_process("finetune.py", "resume=runs/part", "algo.actor_lr=1", *free)
+    assert status == 2 and "found:    algo.actor_lr=1\n" in printed and "task.env.backend" in printed
+    status, printed = in_process("finetune.py", "resume=runs/part", *free, "logger=tensorboard")
+    assert status == 0, printed
+    assert (cloned / "runs/part/tensorboard").is_dir() and len(steps(cloned / "runs/part")) == 3
+    config = result(cloned / "runs/part")["config"]
+    assert (config["checkpoints"], config["task"]["env"]["backend"], config["data"]["path"]) == (3, "async", str(moved))
+    assert in_process("finetune.py", *DPPO, "out=runs/whole", "checkpoints=3")[0] == 0
+    assert_same_run(cloned / "runs/part", cloned / "runs/whole")
+    status, printed = in_process("finetune.py", *DPPO, "out=runs/whole", "resume=auto", "device=cpu", "checkpoints=2")
+    assert status == 0, printed
+
+
+def test_a_run_belongs_to_one_process(in_process, cloned):
+    folder = cloned / "runs/avoid-bc-0"
+    imports = "from pathlib import Path; from dprl.utils.files import lock"
+    code = f"{imports}; lock(Path({str(folder)!r})); print(1, flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=ENV, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "1\n"
+        status, printed = in_process("pretrain.py", "resume=runs/avoid-bc-0")
+        assert status == 2 and "runs/avoid-bc-0 is in use\n" in printed
+        assert f"found:    process {owner.pid} on " in printed
+        owner.kill()
+    status, printed = in_process("pretrain.py", "resume=runs/avoid-bc-0")
+    assert status == 0, printed
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_that_is_no_plain_file_is_not_opened(in_process, cloned, kind):
+    lock, victim = cloned / "runs/avoid-bc-0/lock", cloned / "mine"
+    lock.unlink(missing_ok=True)
+    victim.write_text("text")
+    lock.symlink_to(victim) if kind == "link" else os.mkfifo(lock)
+    status, printed = in_process("pretrain.py", "resume=runs/avoid-bc-0")
+    assert status == 2 and "lock is no plain file" in printed
+    assert victim.read_text() == "text"

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dprl.data.readers import _codecs, d4rl, minari, zarr
-from dprl.training import checkpoint, run, trust
+from dprl.training import checkpoint, resume, trust
 from dprl.utils.errors import UserError
 from dprl.utils.files import write_json
 from tests.data.test_sequence_dataset import episodes
@@ -104,7 +104,7 @@ def test_a_checkpoint_runs_nothing(tmp_path, ran, monkeypatch, name):
     assert not ran() and "evil" not in sys.modules
     write_json(tmp_path / "run/config.json", {"resume": None, "algo": {"actor": NODES[name]}})
     with pytest.raises(UserError, match=r"run/config.json names code"):
-        run.prepare_run(OmegaConf.create({"resume": "run", "out": "x"}), [])
+        resume.prepare_run(OmegaConf.create({"resume": "run", "out": "x"}), [])
     assert not ran() and "evil" not in sys.modules
 
 

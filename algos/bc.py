@@ -5,7 +5,7 @@ Shapes: N batch, To observed steps, H horizon, O observation dim, A action dim.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -94,9 +94,8 @@ class BehaviorCloning(Algorithm):
         self.held_out = self.windows(held_out, cfg) if held_out else None
         self.ema = ExponentialMovingAverage(policy, cfg.ema, cfg.ema_every).eval()
         super().__init__(self.ema.module, cfg)
-        self.optimizer = adamw(
-            policy, lr=(cfg.lr, cfg.lr_final), warmup=cfg.warmup, weight_decay=cfg.weight_decay, betas=cfg.betas
-        )
+        schedule: dict[str, Any] = dict(warmup=cfg.warmup, weight_decay=cfg.weight_decay, betas=cfg.betas)
+        self.optimizer = adamw(policy, lr=(cfg.lr, cfg.lr_final), **schedule)
         sampler = EpochSampler(len(self.dataset), batch=cfg.batch_size, seed=seed)
         self.batches = Prefetcher(self.dataset, sampler, policy.prepare_batch)
         self.autocast = autocast(cfg.precision, self.device)

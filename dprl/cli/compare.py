@@ -7,7 +7,7 @@ from typing import Any
 from dprl.cli.arguments import COMPARE
 from dprl.training import legacy, logging, report
 from dprl.utils.errors import UserError
-from dprl.utils.files import read_mapping, replacing
+from dprl.utils.files import check_plain, read_mapping, replacing
 
 DEFAULT_KEYS = ("validation/success", "validation/return", "evaluation/success", "evaluation/return")
 
@@ -42,6 +42,7 @@ def compare(paths: Sequence[str], *, out: str, key: str | None) -> None:
 
 def read_result(run: Path) -> dict[str, Any]:
     """Return the `result.json` of a run that has ended."""
+    check_plain(run)
     if not (run / "result.json").is_file():
         raise UserError(
             f"{run} has no result",

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from dprl.cli import arguments
 from dprl.cli.arguments import Arguments
@@ -59,6 +60,8 @@ COMMANDS = {
 
 def main() -> None:
     """Run `dprl <command> ...`, or answer a shell's request for completions."""
+    if sys.path[0] == str(Path.cwd()) != str(Path(__file__).parents[2]):
+        del sys.path[0]  # `python -m` searches the working folder first; see `trust.use_working_folder`
     if "_ARGCOMPLETE" in os.environ:
         from dprl.cli import completion
 
@@ -104,9 +107,8 @@ def run(name: str, words: list[str]) -> None:
         return
     try:
         paths, settings = command.arguments.parse(f"dprl {name}", words)
-        from dprl.cli.program import import_from_working_folder, load_function
+        from dprl.cli.program import load_function
 
-        import_from_working_folder()
         load_function(command.target)(paths, **settings)
     except UserError as error:
         from dprl.cli.program import fail

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dprl.cli import overrides, renamed
@@ -73,13 +73,7 @@ def fail(message: object, status: int = USER_ERROR_STATUS) -> None:
     raise SystemExit(status)
 
 
-def import_from_working_folder() -> None:
-    """Put the working folder on `sys.path`, so that rewards and tasks of the user can be named from there."""
-    sys.path.insert(0, str(Path.cwd()))
-
-
 def _run(config_name: str, target: str, resumes: bool) -> None:
-    import_from_working_folder()
     if _check_command_line(config_name):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # an error from here on is a defect: show the whole traceback
 
@@ -90,6 +84,7 @@ def _run(config_name: str, target: str, resumes: bool) -> None:
                 if not isinstance(cfg[key], bool):
                     raise UserError(f"{key} is invalid", expected="true or false", got=cfg[key], fix=f"{key}=true")
             trust.allow_any_target(cfg.trust)
+            trust.use_working_folder(OmegaConf.to_container(cfg, resolve=False))
             load_function(target)(cfg, list(HydraConfig.get().overrides.task))
         except (UserError, OmegaConfBaseException) as error:
             if cfg.debug is True:

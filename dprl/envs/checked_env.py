@@ -168,7 +168,14 @@ def metric_value(value: Any, key: str) -> float:
 
 
 def missing_key(setting: str, form: str, key: str, info: Mapping[str, Any]) -> UserError:
-    """Describe a required key that no step of an episode has had in its info."""
+    """Describe a required key that no step of an episode has had in its info.
+
+    Args:
+        setting: The setting that names the key.
+        form: Its value in the fix, such as `[<key>]`.
+        key: The key.
+        info: The info of one step.
+    """
     return UserError(
         f"{setting} is not in the environment's info",
         expected=f"a key of info: {sorted(map(str, info))}",

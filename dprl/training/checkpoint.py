@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dprl.training import legacy
 from dprl.training import trust as trust_rules
 from dprl.utils.errors import UserError
-from dprl.utils.files import discard, read_mapping, replacing, tidy, write_json
+from dprl.utils.files import check_plain, discard, read_mapping, replacing, tidy, write_json
 from dprl.utils.system import versions
 
 FORMAT = 2
@@ -177,6 +177,7 @@ def resolve(path: str | Path) -> Path:
         UserError: If there is none.
     """
     path = Path(path).expanduser()
+    check_plain(path)
     if (path / "model.safetensors").is_file():
         return path
     available = steps(path)

@@ -9,7 +9,7 @@ from dprl.training import legacy
 from dprl.training import trust as trust_rules
 from dprl.training.run import UNSAVED, RunDir, check_out, plain
 from dprl.utils.errors import UserError
-from dprl.utils.files import lock, read_mapping
+from dprl.utils.files import check_plain, lock, read_mapping
 
 # How a run is computed and stored, not what: these settings, and those below them, may change when it is resumed.
 FREE = (
@@ -62,6 +62,7 @@ def prepare_run(cfg: DictConfig, overrides: list[str]) -> RunDir:
             got="an earlier run",
             fix=f"resume={folder} to resume it, or out=runs/<another name>",
         )
+    check_plain(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is no run", expected="a run's folder", got="no config.json in it", fix="out=runs/<another name>"
@@ -84,6 +85,7 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> RunDir:
             got=" ".join(others),
             fix="drop them, or start a new run: out=runs/<name>",
         )
+    check_plain(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             "nothing to resume",

@@ -16,7 +16,7 @@ from dprl.training import trust as trust_rules
 from dprl.utils import seeding
 from dprl.utils.device import has_bfloat16, pick_device, resolve_precision
 from dprl.utils.errors import UserError
-from dprl.utils.files import FULL, lock, read_mapping, replacing
+from dprl.utils.files import FULL, check_plain, lock, read_mapping, replacing
 from dprl.utils.metrics import warn
 from dprl.utils.system import default_threads, machine, peak_megabytes, set_up_libraries, versions
 
@@ -98,6 +98,7 @@ def load_config(folder: Path, *keys: str, trust: bool = False) -> dict[str, Any]
         UserError: If there is no config, it is damaged, or names code that is not allowed.
     """
     path = folder / "config.json"
+    check_plain(folder)
     if not path.is_file():
         raise UserError(f"{folder} is no run", expected="a run's folder", got="no config.json in it", fix="runs/<run>")
     config = read_mapping(path, *keys)

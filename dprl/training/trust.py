@@ -6,8 +6,10 @@ and functions of the algorithms, reward and guidance functions, and what dprl's 
 up as one module and one object defined there; nothing is reached through what a module has imported.
 """
 
+import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -69,7 +71,7 @@ def _is_name(key: str, value: Any, node: dict[str, Any]) -> bool:
 
 
 def check(node: Any, source: object, *, trust: bool = False, known: Any = None) -> None:
-    """Check that everything that a config names may be built.
+    """Check that everything that a config names may be built; then call `use_working_folder`.
 
     Args:
         node: The config.
@@ -80,10 +82,8 @@ def check(node: Any, source: object, *, trust: bool = False, known: Any = None) 
     Raises:
         UserError: If the config names code that a file may not run.
     """
-    if trust or _any_target_allowed:
-        return
     known_names = [name for _, name in names(known)]
-    for place, name in names(node):
+    for place, name in () if trust or _any_target_allowed else names(node):
         if name not in known_names and not _allowed(name):
             raise UserError(
                 f"{source} names code that a file may not run",
@@ -91,6 +91,25 @@ def check(node: Any, source: object, *, trust: bool = False, known: Any = None) 
                 got=f"{place}: {name}",
                 fix="if you trust its author: trust=true (or --trust; in Python: trust=True)",
             )
+    use_working_folder(node)
+
+
+def use_working_folder(node: Any) -> None:
+    """Append the working folder to `sys.path` if a config names a module there that is not installed.
+
+    Nothing else in that folder can be imported by accident: it is not searched by Hydra for plug-ins, nor before the
+    installed packages, nor without a config that names a module.
+
+    Args:
+        node: A config that the user wrote or trusts.
+    """
+    folder = Path.cwd()
+    for _, name in names(node):
+        head = str(name).partition(".")[0]
+        there = (folder / f"{head}.py").is_file() or (folder / head).is_dir()
+        if head.isidentifier() and there and head not in sys.modules and importlib.util.find_spec(head) is None:
+            sys.path.append(str(folder))
+            return
 
 
 def _allowed(name: Any) -> bool:

@@ -98,6 +98,29 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_plain(folder: Path) -> None:
+    """Check that a folder, if it exists, holds plain files and folders only, without opening any of them.
+
+    A link could lead a run to write outside its folder, and a pipe or a device could be read forever. wandb's folder is
+    not searched, because wandb keeps links there.
+
+    Raises:
+        UserError: If the folder holds a link, a pipe, a socket or a device.
+    """
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            if entry.name != "wandb":
+                check_plain(Path(entry.path))
+        elif not stat.S_ISREG(mode):
+            raise UserError(
+                f"{entry.path} is no plain file",
+                expected="plain files and folders",
+                got="a link" if stat.S_ISLNK(mode) else "a pipe, socket or device",
+                fix="replace it by a copy of the file, or delete it",
+            )
+
+
 _locks: dict[tuple[int, int], IO[str]] = {}  # the files that this process has locked, by device and inode
 
 
@@ -108,17 +131,13 @@ def lock(folder: Path) -> None:
         folder: An existing folder, which gets the file `lock`.
 
     Raises:
-        UserError: If another process is the owner, or `lock` is no plain file.
+        UserError: If another process is the owner.
     """
     path = folder / "lock"
-    if os.path.lexists(path):
-        status = path.lstat()
+    if path.exists():
+        status = path.stat()
         if (status.st_dev, status.st_ino) in _locks:  # opening the file again would end the lock
             return
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(
-                f"{path} is no plain file", expected="a file of the run", got="a link or device", fix="delete it"
-            )
     with naming(path):
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644), "r+")
     try:

@@ -103,3 +103,43 @@ def test_python_m_dprl_runs_a_command(tmp_path):
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 2 and "runs/none has no result" in done.stderr
+
+
+SPY = "from pathlib import Path; Path(__file__).with_suffix('.imported').touch()\n"
+COMMANDS_RUN = {
+    "the help of all commands": ["-m", "dprl", "--help"],
+    "the help of a command": ["-m", "dprl", "pretrain", "--help"],
+    "the help of a program": [str(ROOT / "finetune.py"), "--help"],
+    "a mistake": ["-m", "dprl", "finetune", "algo.actor_lr=-1", "out=runs/new"],
+    "a comparison of nothing": ["-m", "dprl", "compare", "runs/none"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS_RUN)
+def test_modules_of_the_working_folder_are_not_imported_unasked(tmp_path, name):
+    for module in ("torch", "gymnasium", "envpool", "usercustomize", "rewards"):
+        (tmp_path / f"{module}.py").write_text(SPY)
+    plugins = tmp_path / "hydra_plugins" / "mine"
+    plugins.mkdir(parents=True)
+    for path in (plugins / "__init__.py", plugins / "plugin.py"):
+        path.write_text(SPY)
+    command = [sys.executable, *COMMANDS_RUN[name]]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (0 if "help" in name else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.imported"))
+
+
+def test_a_module_of_the_working_folder_is_found_after_the_installed_ones_if_it_is_named(tmp_path, monkeypatch):
+    from dprl.training import trust
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for module in ("torch", "mine_alone"):
+        (tmp_path / f"{module}.py").write_text(SPY)
+    before = list(sys.path)
+    trust.use_working_folder({"reward": {"_target_": "torch.sum"}, "note": "mine_alone.f"})
+    assert sys.path == before
+    trust.use_working_folder({"reward": {"_target_": "mine_alone.f"}})
+    assert sys.path == [*before, str(tmp_path)]
+    assert not list(tmp_path.rglob("*.imported"))

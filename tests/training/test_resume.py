@@ -390,12 +390,31 @@ def test_a_run_belongs_to_one_process(in_process, cloned):
     assert status == 0, printed
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_lock_that_is_no_plain_file_is_not_opened(in_process, cloned, kind):
-    lock, victim = cloned / "runs/avoid-bc-0/lock", cloned / "mine"
-    lock.unlink(missing_ok=True)
-    victim.write_text("text")
-    lock.symlink_to(victim) if kind == "link" else os.mkfifo(lock)
-    status, printed = in_process("pretrain.py", "resume=runs/avoid-bc-0")
-    assert status == 2 and "lock is no plain file" in printed
-    assert victim.read_text() == "text"
+READERS = {
+    "resume": ("pretrain.py", "resume=runs/avoid-bc-0"),
+    "resume=auto": ("pretrain.py", *CLONE, "resume=auto"),
+    "evaluate": ("dprl evaluate", "runs/avoid-bc-0"),
+    "compare": ("dprl compare", "runs/avoid-bc-0"),
+    "policy_from": ("finetune.py", *DPPO, "policy_from=runs/avoid-bc-0", "out=runs/new"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_links_and_pipes_in_a_run_are_not_opened(in_process, cloned, reader):
+    mine = cloned / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("text")
+    cases = [("pipe", "config.json"), ("link", "metrics.jsonl"), ("folder", "tensorboard")]
+    if reader == "resume":
+        cases += [("pipe", "checkpoints/00000060/trainer.pt"), ("link", "lock"), ("link", ".result.json.partial")]
+    for kind, name in cases:
+        path = cloned / "runs/avoid-bc-0" / name
+        kept = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        path.symlink_to(mine if kind == "folder" else mine / "file") if kind != "pipe" else os.mkfifo(path)
+        status, printed = in_process(*READERS[reader])
+        assert status == 2 and f"{name} is no plain file" in printed, printed
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+    assert [path.read_text() for path in mine.iterdir()] == ["text"]

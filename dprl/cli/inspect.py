@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dprl.data.episodes import Episodes, keyed
-from dprl.data.relabel import check_sizes, outside_bounds
+from dprl.data.relabel import check_sizes, longer_than_the_limit, outside_bounds
 from dprl.networks.normalizer import SMALLEST_RANGE
 from dprl.rewards import TASK_ONLY
 from dprl.training import factory, report
+from dprl.utils.metrics import warn
 
 OUTLIER = 8.0  # standard deviations from the mean
 SAMPLED_IMAGES = 1_000
@@ -43,6 +44,8 @@ def inspect(cfg: DictConfig, overrides: list[str]) -> None:
     low, high = (torch.from_numpy(bound) for bound in envs.bounds)
     envs.close()
     check_sizes(envs, episodes)
+    if too_long := longer_than_the_limit(envs, episodes):
+        warn(str(too_long))
     lines = facts(episodes, low, high, cfg.task.reference)
     width = max(len(name) for name, _ in lines)
     for name, description in lines:

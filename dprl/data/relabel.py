@@ -66,6 +66,26 @@ def check_actions(envs: VecEnv, episodes: Episodes) -> None:
         )
 
 
+def longer_than_the_limit(envs: VecEnv, episodes: Episodes) -> UserError | None:
+    """Describe data with an episode that is longer than the task's time limit; None if there is none.
+
+    Such data usually lack marks of the ends of episodes, so that several of them are read as one.
+
+    Args:
+        envs: Environments of the task.
+        episodes: The logged data.
+    """
+    longest, limit = int(episodes.lengths.max()), envs.max_episode_steps
+    if limit is None or longest <= limit:
+        return None
+    return UserError(
+        f"{episodes.source} has an episode that is longer than the task's time limit",
+        expected=f"at most {limit} steps",
+        got=f"{longest} steps",
+        fix=f"mark the ends of episodes in the file, cut episodes (data.max_episode_steps={limit}), or another task",
+    )
+
+
 def relabel(episodes: Episodes, reward: WeightedSum) -> Episodes:
     """Replace the rewards of the data by those of the configured reward, which the environments use too.
 

@@ -76,6 +76,7 @@ class VecEnv:
         has_success: Whether the task has a notion of success.
         info_keys: Keys of the info that a step returns.
         metrics: Keys of the info that a step returns and an evaluation averages.
+        max_episode_steps: Time limit of an episode, if it is known.
 
     Attributes:
         seeds_episodes: Whether `reset` can seed some of the environments; if not, only all of them together.
@@ -89,8 +90,9 @@ class VecEnv:
         has_success: bool,
         info_keys: Sequence[str],
         metrics: Sequence[str],
+        max_episode_steps: int | None = None,
     ):
-        self.envs = envs
+        self.envs, self.max_episode_steps = envs, max_episode_steps
         self.terms, self.has_success = tuple(terms), has_success
         self.info_keys, self.metrics = tuple(info_keys), tuple(metrics)
         self.num_envs = envs.num_envs
@@ -297,22 +299,25 @@ def make_vec(
 
         pool = EnvPoolVecEnv(**settings, num_envs=num_envs)
         pool.validate()
-        return VecEnv(pool, **names)  # type: ignore[arg-type]
+        return VecEnv(pool, max_episode_steps=max_episode_steps, **names)  # type: ignore[arg-type]
     env_fns = [partial(make_chunk_env, **settings, trace=trace, index=i) for i in range(first, first + num_envs)]
-    _validate(env_fns[0]())
+    limit = _validate(env_fns[0]())
     if backend == "auto":
         backend = faster_backend(env_fns[0], num_envs, f"{id} {kwargs} {act_steps}")
     if backend == "sync":
         envs = SyncVectorEnv(env_fns, autoreset_mode=AutoresetMode.DISABLED)
     else:
         envs = AsyncVecEnv(env_fns, **(workers or dict(processes=None, timeout=None, restarts=0)))
-    return VecEnv(envs, **names)
+    return VecEnv(envs, max_episode_steps=limit, **names)
 
 
-def _validate(env: ChunkEnv) -> None:
+def _validate(env: ChunkEnv) -> int | None:
     """Run one chunk in this process, so that a mistake in the task or the reward is reported before a run starts.
 
     If the info lacks a key that must occur in each episode, the episode continues to its end.
+
+    Returns:
+        The time limit of an episode.
     """
     env.reset(seed=0)
     act = np.zeros(env.action_space.shape, np.float32)  # type: ignore[arg-type]
@@ -327,6 +332,7 @@ def _validate(env: ChunkEnv) -> None:
             got=info["fault"],
             fix="guard its divisions and logarithms",
         )
+    return None if env.spec is None else env.spec.max_episode_steps
 
 
 def check_fits(envs: VecEnv, *, obs_shape: Any, act_dim: int, source: str) -> None:

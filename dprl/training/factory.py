@@ -12,7 +12,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dprl.data.episodes import Episodes
-from dprl.data.relabel import check_actions, check_sizes, relabel
+from dprl.data.relabel import check_actions, check_sizes, longer_than_the_limit, relabel
 from dprl.envs.vector_env import VecEnv
 from dprl.learning.algorithm import Algorithm
 from dprl.networks.critic_ensemble import CriticEnsemble
@@ -211,6 +211,8 @@ def logged_episodes(cfg: DictConfig, envs: VecEnv, reward: WeightedSum) -> Episo
     episodes: Episodes = construct(cfg.data, "data")
     check_sizes(envs, episodes)
     check_actions(envs, episodes)
+    if too_long := longer_than_the_limit(envs, episodes):
+        raise too_long
     return relabel(episodes, reward)
 
 

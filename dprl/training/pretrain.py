@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dprl.data.episodes import Episodes
-from dprl.data.relabel import check_actions, check_sizes
+from dprl.data.relabel import check_actions, check_sizes, longer_than_the_limit
 from dprl.learning.algorithm import Algorithm
 from dprl.policies.base import ChunkPolicy
 from dprl.rollout.evaluation import evaluate, final_seeds
@@ -17,6 +17,7 @@ from dprl.training.trainer import Trainer
 from dprl.utils import signals
 from dprl.utils.device import compile_denoiser
 from dprl.utils.files import write_json
+from dprl.utils.metrics import warn
 from dprl.utils.timer import make_timer
 
 
@@ -53,6 +54,8 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     for part in (train, *([held_out] if held_out else [])):
         check_sizes(envs, part)
         check_actions(envs, part)
+        if too_long := longer_than_the_limit(envs, part):
+            warn(str(too_long))
     data = dict(episodes=train, held_out=held_out)
     algo: Algorithm = factory.construct(cfg.train, "train", policy=policy, **data, seed=cfg.seed, timer=timer)
     logger = factory.logger(cfg)

@@ -14,8 +14,10 @@ from dprl.cli.inspect import facts
 from dprl.data.episodes import Episodes
 from dprl.data.readers import d4rl, minari
 from dprl.data.readers.download import fetch
+from dprl.data.relabel import longer_than_the_limit
 from dprl.utils.errors import UserError
 from tests.data.test_sequence_dataset import episodes
+from tests.helpers.small import vec
 
 
 def same(a: Episodes, b: Episodes) -> None:
@@ -40,6 +42,38 @@ def test_the_d4rl_folder_is_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     d4rl.save(tmp_path / ".d4rl/datasets/mine.hdf5", episodes(3))
     assert len(d4rl.load("mine")) == 1
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, 2.0])
+def test_a_flag_that_is_neither_true_nor_false_is_refused(tmp_path, value):
+    d4rl.save(tmp_path / "data.hdf5", episodes(3, 2))
+    with h5py.File(tmp_path / "data.hdf5", "a") as file:
+        flags = file["terminals"][()].astype(float)
+        flags[1] = value
+        del file["terminals"]
+        file["terminals"] = flags
+    with pytest.raises(UserError, match=rf"'terminals' is neither true nor false\n.*0 or 1\n.*{value}"):
+        d4rl.load(tmp_path / "data.hdf5")
+
+
+def test_a_file_without_time_limits_is_cut_at_one(tmp_path):
+    d4rl.save(tmp_path / "data.hdf5", episodes(6, 2, 4))
+    with h5py.File(tmp_path / "data.hdf5", "a") as file:
+        del file["timeouts"]
+        file["terminals"][...] = False
+        file["terminals"][7] = True
+    assert d4rl.load(tmp_path / "data.hdf5").lengths.tolist() == [8, 4]
+    cut = d4rl.load(tmp_path / "data.hdf5", max_episode_steps=3)
+    assert cut.lengths.tolist() == [3, 3, 2, 3, 1]
+    assert cut.terminated.tolist() == [False, False, True, False, False]
+
+
+def test_an_episode_beyond_the_task_s_time_limit_is_reported():
+    envs = vec("Aim-v0", num_envs=1)  # a limit of 10 steps
+    assert longer_than_the_limit(envs, episodes(10, 2)) is None
+    error = longer_than_the_limit(envs, episodes(3, 11))
+    assert error is not None and "at most 10 steps" in str(error) and "found:    11 steps" in str(error)
+    assert "data.max_episode_steps=10" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dprl.data.readers import _hdf5
 from dprl.data.readers.download import fetch
 from dprl.utils.errors import UserError
 from dprl.utils.files import replacing
+from dprl.utils.types import PositiveInt
 
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 REQUIRED = ("observations", "actions")
@@ -34,6 +35,7 @@ def load(
     download: bool = False,
     url: str | None = None,
     limit_gib: float = 16.0,
+    max_episode_steps: PositiveInt | None = None,
 ) -> Episodes:
     """Read a file. Rewards and `next_observations` (absent in v0 files) are optional.
 
@@ -45,6 +47,8 @@ def load(
         download: Download the file to D4RL's own folder if there is none.
         url: Address to download from, or None for D4RL's server.
         limit_gib: Memory limit of the data in GiB.
+        max_episode_steps: Cut longer episodes here, as a time limit does; None cuts none. For files that do not mark
+            time limits.
 
     Returns:
         The episodes.
@@ -55,7 +59,7 @@ def load(
     path = _find(Path(path).expanduser(), hint, download, url)
     try:
         with h5py.File(path) as file:
-            return check(_read(file, path, limit_gib))
+            return check(_read(file, path, limit_gib, max_episode_steps))
     except UserError:
         raise
     except Exception as error:  # h5py raises errors of many types for broken files
@@ -104,7 +108,7 @@ def published(name: str) -> str | None:
     return f"{SERVER}/gym_mujoco{'' if version == '0' else f'_v{version}'}/{name.replace('-v0', '')}"
 
 
-def _read(file: h5py.File, path: Path, limit_gib: float) -> Episodes:
+def _read(file: h5py.File, path: Path, limit_gib: float, max_episode_steps: int | None) -> Episodes:
     source = str(path)
     names = set(file.keys())  # `name in file` would follow links
     missing = [key for key in REQUIRED if key not in names]
@@ -145,6 +149,10 @@ def _read(file: h5py.File, path: Path, limit_gib: float) -> Episodes:
     terminals = arrays.get("terminals", np.zeros(steps, bool))
     ends = terminals | arrays.get("timeouts", np.zeros(steps, bool))
     ends[-1] = True
+    if max_episode_steps is not None:
+        starts = np.flatnonzero(np.concatenate([[True], ends[:-1]]))
+        age = np.arange(steps) - starts[np.cumsum(np.concatenate([[False], ends[:-1]]))]
+        ends |= (age + 1) % max_episode_steps == 0
     last = np.flatnonzero(ends)
     next_obs = arrays.get("next_observations")
     return Episodes(
@@ -159,12 +167,17 @@ def _read(file: h5py.File, path: Path, limit_gib: float) -> Episodes:
 
 
 def _array(data: h5py.Dataset, where: str, dtype: Any, dims: int) -> np.ndarray:
-    if dims == 1 and data.ndim == 2 and data.shape[1] == 1:
-        return data[:, 0].astype(dtype)
-    if data.ndim != dims:
+    column = dims == 1 and data.ndim == 2 and data.shape[1] == 1
+    if data.ndim != dims and not column:
         fix = "repair the file, or use another reader: data=..."
         raise UserError(f"{where} has the wrong shape", expected=f"{dims} dimensions", got=data.shape, fix=fix)
-    return data[()].astype(dtype)
+    values = data[:, 0] if column else data[()]
+    if dtype is bool and not np.isin(values, (0, 1)).all():
+        wrong = values[~np.isin(values, (0, 1))][0]
+        raise UserError(
+            f"{where} is neither true nor false", expected="booleans, 0 or 1", got=wrong, fix="repair the file"
+        )
+    return values.astype(dtype)
 
 
 def save(path: str | os.PathLike, episodes: Episodes) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: `config.json` (how to build the actor), `model.safetensors`, and `trainer.pt` (state to resume from).
 
-A run's folder holds `checkpoints/<step>/` and `best.json`, which names the step with the best validation score. A run
+A run's folder holds `checkpoints/<step>/` and `best.json`, which names the step with the best validation score. Step 0
+stands for `pretrained/`, the policy that fine-tuning started from: it is the best until a checkpoint equals it. A run
 that a signal ended between two checkpoints also holds `checkpoints/<step>.interrupted/`, until the next one is
 written.
 
@@ -33,6 +34,7 @@ from dprl.utils.system import versions
 
 FORMAT = 2
 READABLE = (1, 2)  # format 1 is translated (`dprl/training/legacy.py`)
+PRETRAINED = "pretrained"  # in a run's folder: a checkpoint of the policy that fine-tuning started from
 LARGEST_UNSAVED = 2**28  # bytes of buffers that an actor may have in addition to its weights
 RESTORE = "restore the checkpoint from its source, or choose another"
 DTYPE_CODES = {  # names in safetensors
@@ -154,7 +156,8 @@ def keep(run: Path, step: int, score: float | None, *, newest: int) -> None:
         newest: Number of checkpoints to keep in addition to the best.
     """
     best = _best(run)
-    if score is not None and (best is None or score > best["score"] or best["step"] >= step):
+    tied = best is not None and best["step"] == 0 and score == best["score"]
+    if score is not None and (best is None or score > best["score"] or tied or best["step"] >= step):
         best = {"step": step, "score": score}
         write_json(run / "best.json", best)
     to_keep = {*steps(run)[-newest:]} | ({best["step"]} if best else set())
@@ -165,6 +168,11 @@ def keep(run: Path, step: int, score: float | None, *, newest: int) -> None:
         elif path.suffix == ".interrupted" and path != resumable(run):
             discard(path)
     tidy(run / "checkpoints")
+
+
+def set_pretrained_score(run: Path, score: float) -> None:
+    """Make the pretrained policy of a new run its best one, with this validation score."""
+    write_json(run / "best.json", {"step": 0, "score": score})
 
 
 def resolve(path: str | Path) -> Path:
@@ -189,6 +197,8 @@ def resolve(path: str | Path) -> Path:
             fix="python pretrain.py, or policy_from=runs/<run>",
         )
     best = best_step(path)
+    if best == 0 and (path / PRETRAINED).is_dir():
+        return path / PRETRAINED
     if best is not None and best not in available:
         raise UserError(
             f"{path}/best.json names a checkpoint that does not exist",

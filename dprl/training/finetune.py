@@ -74,7 +74,7 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
         compile_denoiser(policy)
 
     def copy_checkpoints(path: Path) -> None:
-        checkpoint.save(path / "pretrained", policy, node=start.node, task=start.task, trainer={})
+        checkpoint.save(path / checkpoint.PRETRAINED, policy, node=start.node, task=start.task, trainer={})
         for name, source in referenced.items():
             checkpoint.copy(source, path / name)
 
@@ -97,7 +97,7 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
     )
     try:
         if step is None:
-            metrics.log(trainer.validate()[1] | {"env_steps": 0.0}, step=0, done=0)
+            metrics.log(trainer.validate_pretrained(policy) | {"env_steps": 0.0}, step=0, done=0)
         with signals.deferred():
             trainer.run(metrics)
         seconds = metrics.seconds
@@ -106,16 +106,18 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
     for part in train_envs:
         part.close()
 
-    best = checkpoint.load(folder, device=device, known=trainer.node)
-    with timer("evaluation"):
-        after = evaluate(best.actor, envs, seeds)
+    best, after = checkpoint.load(folder, device=device, known=trainer.node), before
+    improved = best.path.name != checkpoint.PRETRAINED
+    if improved:
+        with timer("evaluation"):
+            after = evaluate(best.actor, envs, seeds)
     envs.close()
     result = {
         **run.identity(cfg),
         "env_steps": collector.env_steps,
         "evaluation_env_steps": trainer.evaluation_steps,
         "train_seconds": seconds,
-        "best_iteration": int(best.path.name),
+        "best_iteration": int(best.path.name) if improved else 0,
         "iterations": algo.step,
         "pretrained": before.summary(modes),
         "finetuned": after.summary(modes),

@@ -136,6 +136,8 @@ def write_comparison(
         draw: Draws episodes of the task; None draws their returns.
     """
     compared = table({str(folder): result})
+    if result["best_iteration"] == 0:
+        compared += "\nNo checkpoint was better than the pretrained policy in validation, so that is the result.\n"
     with replacing(folder / "comparison.md") as path:
         path.write_text(compared)
     figure = before_and_after(before, after, draw or returns)

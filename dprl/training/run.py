@@ -128,8 +128,8 @@ def use_local_copies(cfg: DictConfig, folder: Path) -> DictConfig:
         folder: The run's folder.
     """
     local = cfg.copy()
-    if (folder / "pretrained").exists():
-        local.policy_from = str(folder / "pretrained")
+    if (folder / checkpoint.PRETRAINED).exists():
+        local.policy_from = str(folder / checkpoint.PRETRAINED)
     copies = {value: str(folder / name) for name, value in _references(cfg).items() if (folder / name).exists()}
 
     def replaced(node: Any) -> Any:

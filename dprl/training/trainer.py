@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from dprl.envs.vector_env import VecEnv
 from dprl.learning.algorithm import Algorithm
@@ -124,10 +125,25 @@ class Trainer:
             self.save_interrupted(metrics)
             signals.stop()
 
-    def validate(self, *, intervals: bool = False) -> tuple[float | None, dict[str, float]]:
-        """Evaluate the present actor on the validation seeds.
+    def validate_pretrained(self, policy: nn.Module) -> dict[str, float]:
+        """Evaluate the pretrained policy on the validation seeds, as the first candidate for the best checkpoint.
 
         Args:
+            policy: The policy that fine-tuning starts from.
+
+        Returns:
+            The metrics.
+        """
+        score, values = self.validate(policy)
+        if score is not None and self.choose != "last":
+            checkpoint.set_pretrained_score(self.folder, score)
+        return values
+
+    def validate(self, actor: Any = None, *, intervals: bool = False) -> tuple[float | None, dict[str, float]]:
+        """Evaluate an actor on the validation seeds.
+
+        Args:
+            actor: The actor; None for the algorithm's present one.
             intervals: Whether the metrics include 95 % intervals.
 
         Returns:
@@ -137,7 +153,7 @@ class Trainer:
         if not self.seeds:
             return None, values
         with self.timer("evaluation"):
-            evaluation = evaluate(self.algo.actor, self.envs, self.seeds)
+            evaluation = evaluate(self.algo.actor if actor is None else actor, self.envs, self.seeds)
         self.evaluation_steps += int(evaluation.lengths.sum())
         return self.score(evaluation), values | evaluation.metrics(self.prefix, intervals=intervals)
 

@@ -9,6 +9,7 @@ import torch
 from dprl.cli.main import COMMANDS
 from dprl.data.readers import d4rl
 from dprl.training import checkpoint
+from dprl.training.trainer import Trainer
 from tests.helpers.programs import CLONE, DPPO, IDQL, TUNE, metrics, result
 
 
@@ -92,6 +93,20 @@ def test_offline_training_steps_no_environment_and_its_critic_serves_another_run
         status, printed = in_process("finetune.py", *ranking, *reward, f"out=runs/{out}")
         assert status == 2 and ("another reward" if reward == ["reward=safe"] else "other sizes") in printed
         assert not (cloned / f"runs/{out}").exists()
+
+
+@pytest.mark.parametrize(("change", "best"), [(-1.0, 0), (0.0, 2), (1.0, 6)])
+def test_the_result_is_never_worse_than_the_pretrained_policy(in_process, cloned, monkeypatch, change, best):
+    monkeypatch.setattr(Trainer, "score", lambda self, evaluation: change * self.algo.iteration)
+    status, printed = in_process("finetune.py", *DPPO, "out=runs/tuned")
+    assert status == 0, printed
+    run = cloned / "runs/tuned"
+    got, loaded = result(run), checkpoint.load(run)
+    assert got["best_iteration"] == best and loaded.path.name == (f"{best:08d}" if best else "pretrained")
+    assert (loaded.node["_target_"] == "dprl.policies.diffusion.DiffusionPolicy") is (best == 0)
+    assert ("No checkpoint was better than the pretrained policy" in printed) is (best == 0)
+    assert "better than" not in printed or got["finetuned"] == got["pretrained"]
+    assert in_process("dprl evaluate", "runs/tuned", "n=2")[0] == 0
 
 
 def test_guidance_chooses_its_scale_and_composes(in_process, cloned):

@@ -77,14 +77,19 @@ class Collector:
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, int)
         self._success = np.zeros(self.num_envs, bool)
-        self._obs = [self._reset(p, np.ones(envs.num_envs, bool)) for p, envs in enumerate(self.parts)]
+        self._obs = []
+        for p, (envs, rows) in enumerate(zip(self.parts, self.rows, strict=True)):
+            if envs.seeds_episodes:
+                self._obs.append(self._reset(p, np.ones(envs.num_envs, bool)))
+            else:
+                own = seeds(envs.num_envs, self._seed, rows.start, int(self._episode[rows].max()))
+                self._obs.append(envs.reset(seeds=own))
 
     def _reset(self, p: int, mask: np.ndarray) -> Any:
         """Start the episodes of the present numbers in the environments `mask` of part `p`; return its observations."""
         envs, first = self.parts[p], self.rows[p].start
-        if not envs.seeds_episodes:  # only all episodes together can be seeded
-            whole = seeds(envs.num_envs, self._seed, first) if mask.all() else None
-            return envs.reset(seeds=whole, mask=None if mask.all() else mask)
+        if not envs.seeds_episodes:
+            return envs.reset(mask=mask)
         numbers = self._episode[self.rows[p]]
         own = [seeds(1, self._seed, first + i, int(numbers[i]))[0] if mask[i] else None for i in range(len(mask))]
         return envs.reset(seeds=own, mask=mask)

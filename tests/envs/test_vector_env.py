@@ -301,6 +301,18 @@ def test_episodes_of_different_ages_are_replayed():
     assert first.metrics()["train/return"] == second.metrics()["train/return"]  # of whole episodes
 
 
+def test_environments_that_cannot_seed_one_episode_are_seeded_once():
+    """As EnvPool's. All episodes end together, which must not seed them again."""
+    envs = vec("Aim-v0", num_envs=2, act_steps=2)
+    envs.seeds_episodes = False
+    collect = collector(envs, 5)
+    starts = collect(Constant(act_steps=2), 11).obs[::2, :, 0, 0]
+    assert len(starts.unique()) == 12
+    assert not collect.replay(collect.action_log())
+    again = collect(Constant(act_steps=2), 1).obs[0, :, 0, 0]
+    assert not set(again.tolist()) & set(starts.flatten().tolist())
+
+
 def test_an_episode_depends_on_its_environment_and_number_alone():
     starts = []
     for num_envs, act_steps in ((3, 1), (2, 4)):

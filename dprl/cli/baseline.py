@@ -105,6 +105,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> None:
     Raises:
         UserError: If a setting is invalid, or the task's observations or actions do not suit Stable-Baselines3.
     """
+    factory.require_simulator(cfg)
     check_config(cfg)
     run_dir = prepare_run(cfg, overrides)
     counts = dict(env_steps=1, num_envs=1, evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1)

@@ -53,6 +53,7 @@ def write(cfg: DictConfig, overrides: list[str]) -> None:
         UserError: If the task has no expert, or the file exists.
     """
     out = Path(cfg.out)
+    factory.require_simulator(cfg)
     if cfg.task.expert is None:
         raise UserError(
             f"the task {cfg.task.name} has no scripted expert",

@@ -39,6 +39,7 @@ def inspect(cfg: DictConfig, overrides: list[str]) -> None:
     Raises:
         UserError: If the data cannot be read or do not fit the task.
     """
+    factory.require_simulator(cfg)
     episodes: Episodes = factory.construct(cfg.data, "data")
     envs = factory.construct(cfg.task.env, "task.env", num_envs=1, obs_steps=1, act_steps=1, reward=TASK_ONLY)
     low, high = (torch.from_numpy(bound) for bound in envs.bounds)

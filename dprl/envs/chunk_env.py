@@ -173,7 +173,7 @@ class ChunkEnv(gym.Wrapper):
             self.history.append(obs)
             acts.append(act)
             observed.append(obs)
-            rews.append(float(rew))
+            rews.append(rew)
             infos.append(info)
             if terminated or truncated:
                 self.done = True

@@ -110,6 +110,17 @@ def unwrap_partials(value: Any) -> Any:
     return functools.partial(value.func, *map(unwrap_partials, value.args), **keywords)
 
 
+def require_simulator(cfg: DictConfig) -> None:
+    """Raise a `UserError` if the task has none (`task.env=null`)."""
+    if cfg.task.env is None:
+        raise UserError(
+            "task.env=null: the task has no simulator",
+            expected="environments to run episodes in",
+            got="null",
+            fix="task=<a task with environments>, or `dprl pretrain`, which requires none",
+        )
+
+
 def environments(
     cfg: DictConfig,
     policy: ChunkPolicy,
@@ -130,7 +141,11 @@ def environments(
         reward: The reward.
         trace: Whether observations are recorded for plots.
         first: Number of the first environment, if these are a part of a larger vector.
+
+    Raises:
+        UserError: If the task has no simulator, or its environments cannot be built.
     """
+    require_simulator(cfg)
     sizes = dict(num_envs=num_envs, first=first, obs_steps=policy.obs_steps, act_steps=policy.act_steps)
     watched = OmegaConf.select(cfg, "guards.workers")  # a saved config has no guards
     workers = None if watched is None else OmegaConf.to_container(watched)

@@ -136,6 +136,7 @@ def finetune(cfg: DictConfig, overrides: list[str]) -> Path:
 def check_settings(cfg: DictConfig) -> None:
     """Raise a `UserError` for settings of the program that are out of range."""
     run.check_guards(cfg)
+    factory.require_simulator(cfg)
     counts = dict(evaluation__every=1, evaluation__episodes=1, evaluation__final_episodes=1, evaluation__seed=0)
     run.check_counts(cfg, num_envs=1, evaluation__num_envs=1, **counts)
     choose, floor = cfg.evaluation.choose, cfg.evaluation.floor

@@ -10,7 +10,7 @@ from dprl.data.relabel import check_actions, check_sizes, longer_than_the_limit
 from dprl.learning.algorithm import Algorithm
 from dprl.policies.base import ChunkPolicy
 from dprl.rollout.evaluation import evaluate, final_seeds
-from dprl.training import factory, report, run
+from dprl.training import factory, logging, report, run
 from dprl.training.logging import MetricsLogger, history
 from dprl.training.resume import prepare_run
 from dprl.training.trainer import Trainer
@@ -23,6 +23,8 @@ from dprl.utils.timer import make_timer
 
 def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     """Read the data, train a policy, evaluate it and save it.
+
+    Without a simulator (`task.env=null`) or final episodes, the result is the loss on training and held-out data.
 
     Args:
         cfg: The composed `configs/pretrain.yaml`.
@@ -37,7 +39,7 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     run_dir = prepare_run(cfg, overrides)
     cfg, folder = run_dir.cfg, run_dir.folder
     run.check_guards(cfg)
-    counts = dict(evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=1, evaluation__seed=0)
+    counts = dict(evaluation__num_envs=1, evaluation__episodes=0, evaluation__final_episodes=0, evaluation__seed=0)
     run.check_counts(cfg, **counts)
     factory.check_node(run.plain(cfg)["train"], "train")  # before the data are read
     device = run.start_process(cfg)
@@ -50,18 +52,21 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     policy: ChunkPolicy = factory.construct(node, "policy").to(device)
     if cfg.compile:
         compile_denoiser(policy)
-    envs, modes = factory.environments(cfg, policy, num_envs=cfg.evaluation.num_envs), factory.modes(cfg)
-    for part in (train, *([held_out] if held_out else [])):
-        check_sizes(envs, part)
-        check_actions(envs, part)
-        if too_long := longer_than_the_limit(envs, part):
-            warn(str(too_long))
+    envs, modes = None, None
+    if cfg.task.env is not None:
+        envs, modes = factory.environments(cfg, policy, num_envs=cfg.evaluation.num_envs), factory.modes(cfg)
+        for part in (train, *([held_out] if held_out else [])):
+            check_sizes(envs, part)
+            check_actions(envs, part)
+            if too_long := longer_than_the_limit(envs, part):
+                warn(str(too_long))
     data = dict(episodes=train, held_out=held_out)
     algo: Algorithm = factory.construct(cfg.train, "train", policy=policy, **data, seed=cfg.seed, timer=timer)
     logger = factory.logger(cfg)
 
     run_dir.create()
     sizes: dict[str, Any] = dict(prefix="evaluation", total=algo.cfg.steps)
+    shown = () if envs is None else ("success", "return", *envs.metrics)
     trainer = Trainer(cfg, folder, algo, node=node, envs=envs, collector=None, timer=timer, **sizes)
     step, seconds = trainer.start()
     metrics = MetricsLogger(
@@ -69,7 +74,7 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
         logger(run=folder, config=run.plain(cfg), step=step),
         total=trainer.total,
         unit="step",
-        shown=("loss", "validation/loss", *(f"evaluation/{key}" for key in ("success", "return", *envs.metrics))),
+        shown=("loss", "validation/loss", *(f"evaluation/{key}" for key in shown)),
         step=step,
         done=trainer.done,
         seconds=seconds,
@@ -83,22 +88,26 @@ def pretrain(cfg: DictConfig, overrides: list[str]) -> Path:
     finally:
         metrics.close()
 
-    with timer("evaluation"):
-        final = evaluate(algo.actor, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
-    envs.close()
     result = {
         **run.identity(cfg),
         "env_steps": 0,
         "gradient_steps": algo.step,
         "train_seconds": seconds,
-        "pretrained": final.summary(modes),
-        "history": history(folder, "evaluation/"),
+        "history": history(folder, "evaluation/", "validation/"),
     }
+    last = logging.read(folder)[-1]
+    outcome = ", ".join(f"{key} {last[key]:.4g}" for key in ("loss", "validation/loss") if key in last)
+    if envs is not None and cfg.evaluation.final_episodes:
+        with timer("evaluation"):
+            final = evaluate(algo.actor, envs, final_seeds(cfg.evaluation.seed, cfg.evaluation.final_episodes))
+        result["pretrained"], outcome = final.summary(modes), final.describe()
+    if envs is not None:
+        envs.close()
     if parts := timer.report():
         result["profile"] = parts
         print(report.profile_table(parts))
     write_json(folder / "result.json", result)
-    print(f"{folder}: {final.describe()} after {algo.step} steps in {seconds / 60:.1f} min")
+    print(f"{folder}: {outcome} after {algo.step} steps in {seconds / 60:.1f} min")
     return folder
 
 

@@ -81,6 +81,8 @@ def rows(name: str, result: dict[str, Any], measured: Sequence[str] = ()) -> lis
     """
     training = dict(env_steps=result["env_steps"], seconds=result["train_seconds"], measured=measured)
     sides = [side for side in SIDES if side in result]
+    if not sides:  # cloned without a simulator
+        return [[name, *["-"] * (len(measured) + 5), f"{result['train_seconds'] / 60:.1f}"]]
     if len(sides) == 1:
         return [side_row(name, result[sides[0]], **training)]
     before = side_row(f"{name}: BC", result["pretrained"], env_steps=None, seconds=None, measured=measured)

@@ -26,7 +26,7 @@ class Trainer:
         folder: Folder of the run.
         algo: The algorithm.
         node: Config node that rebuilds the actor from a checkpoint.
-        envs: Environments for validation.
+        envs: Environments for validation; None validates on held-out data alone.
         collector: Collects the training rollouts; None if the algorithm learns from data alone.
         timer: Measures the time of each part.
         prefix: Prefix of the metrics of validation episodes.
@@ -40,7 +40,7 @@ class Trainer:
         algo: Algorithm,
         *,
         node: dict[str, Any],
-        envs: VecEnv,
+        envs: VecEnv | None,
         collector: Collector | None,
         timer: Timer | NullTimer,
         prefix: str,
@@ -57,7 +57,7 @@ class Trainer:
         evaluation = cfg.evaluation
         self.every = evaluation.get("every")  # iterations between checkpoints; None: the algorithm decides
         self.choose = evaluation.get("choose", "last")
-        self.seeds = range(evaluation.seed, evaluation.seed + evaluation.episodes)
+        self.seeds = range(evaluation.seed, evaluation.seed + (evaluation.episodes if envs is not None else 0))
 
     @property
     def done(self) -> int:
@@ -150,7 +150,7 @@ class Trainer:
             The score that the best checkpoint is chosen by, and the metrics.
         """
         values = self.algo.validation_metrics()
-        if not self.seeds:
+        if self.envs is None or not self.seeds:
             return None, values
         with self.timer("evaluation"):
             evaluation = evaluate(self.algo.actor if actor is None else actor, self.envs, self.seeds)

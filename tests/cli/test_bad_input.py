@@ -79,6 +79,9 @@ BAD = {
         ["train.lr=0.5", "train.lr=0.001"],
     ),
     "no expert": (["dprl demos", "task=hopper"], ["no scripted expert"]),
+    "demonstrations without a simulator": (["dprl demos", "task.env=null"], ["the task has no simulator"]),
+    "a baseline without a simulator": (["dprl baseline", "task.env=null"], ["the task has no simulator"]),
+    "inspection without a simulator": (["dprl inspect", "task.env=null"], ["the task has no simulator"]),
     "no episodes": (["dprl demos", "episodes=0", "out=data/x.hdf5"], ["episodes=20"]),
     "demonstrations exist": (["dprl demos"], ["data/avoid-0.hdf5 exists"]),
     "fine-tuning a fine-tuned policy": (

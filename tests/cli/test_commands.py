@@ -109,6 +109,27 @@ def test_the_result_is_never_worse_than_the_pretrained_policy(in_process, cloned
     assert in_process("dprl evaluate", "runs/tuned", "n=2")[0] == 0
 
 
+@pytest.mark.parametrize("without", ["task.env=null", "evaluation.final_episodes=0"])
+def test_cloning_without_a_simulator_or_final_episodes(in_process, cloned, monkeypatch, without):
+    settings = [*CLONE, without, "evaluation.episodes=0", "train.validation=0.3", "out=runs/real"]
+    if without == "task.env=null":
+        settings.remove("evaluation.episodes=0")
+        monkeypatch.setattr("dprl.envs.vector_env.make_vec", lambda **settings: pytest.fail("an environment is built"))
+    status, printed = in_process("pretrain.py", *settings)
+    assert status == 0, printed
+    got, last = result(cloned / "runs/real"), metrics(cloned / "runs/real")[-1]
+    assert (
+        f"runs/real: loss {last['loss']:.4g}, validation/loss {last['validation/loss']:.4g} after 60 steps" in printed
+    )
+    assert "pretrained" not in got and got["history"][-1]["validation/loss"] == last["validation/loss"]
+    status, printed = in_process("dprl compare", "runs/real", "key=validation/loss")
+    assert status == 0 and "runs/real" in printed, printed
+    if without == "task.env=null":
+        for command in (["dprl evaluate", "runs/real"], ["finetune.py", *DPPO, without, "policy_from=runs/real"]):
+            status, printed = in_process(*command)
+            assert status == 2 and "the task has no simulator" in printed, printed
+
+
 def test_guidance_chooses_its_scale_and_composes(in_process, cloned):
     small = [
         *TUNE,

@@ -106,16 +106,20 @@ def resumable(saved: dict[str, Any], begun: dict[str, Any], path: Path) -> dict[
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a table of medians over repeats, with the range of the ratios."""
+    """Return a table of medians over repeats, the range of the ratios, and the ratio of the best values."""
     lines = []
     for row in result["rows"]:
-        ratios = row["dprl"]["ratios"]
-        old, new = (f"{statistics.median(row['dprl'][key]):.4g} {row['unit']}" for key in ("old", "new"))
-        noise = f"{statistics.median(row['textbook']['ratios']):.3f}" if row["textbook"]["ratios"] else ""
-        lines.append(
-            [row["name"], old, new, f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}-{max(ratios):.3f}", noise]
+        ratios, unit = row["dprl"]["ratios"], row["unit"]
+        old, new = (f"{statistics.median(row['dprl'][key]):.4g} {unit}" for key in ("old", "new"))
+        best_old, best_new = (
+            min(_cost({"unit": unit, "v": v}, "v") or 0 for v in row["dprl"][key]) for key in ("old", "new")
         )
-    return markdown(lines, ["work", "old", "new", "new/old", "range", "textbook, new/old"])
+        noise = f"{statistics.median(row['textbook']['ratios']):.2f}" if row["textbook"]["ratios"] else ""
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        lines.append(
+            [row["name"], old, new, f"{statistics.median(ratios):.2f}", spread, f"{best_new / best_old:.2f}", noise]
+        )
+    return markdown(lines, ["work", "old", "new", "new/old", "range", "best/best", "textbook, new/old"])
 
 
 def main() -> None:

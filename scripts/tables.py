@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import compare_commits
 from benchmarks import tables as benchmark_tables
 from dprl.training.report import interval, markdown, measure
 from dprl.utils.files import read_json, replacing
@@ -388,6 +389,9 @@ def pages(speed: dict[str, Any]) -> dict[str, dict[str, str]]:
         },
         "docs/resuming.md": {"chaos": chaos_table()},
         "docs/performance.md": performance | benchmark_tables.precision_tables(precision),
+        "benchmarks/README.md": {
+            name: compare_commits.table(benchmark(name)) for name in ("0.1.0_to_0.2.0", "weight_packing")
+        },
         "docs/dppo.md": {
             "results": main_table(groups, ("dppo", "dppo_modes", "dppo_modes_bf16")),
             "modes": modes_table(groups, "dppo"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -61,7 +62,7 @@ def run_program(config_name: str, target: str, *, resumes: bool = False) -> None
         _exit_for_signal(signal, "no run was started")
 
 
-def load_function(target: str) -> Callable[..., None]:
+def load_function(target: str) -> Callable[..., Any]:
     """Import `module:function`."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
@@ -77,19 +78,32 @@ def _run(config_name: str, target: str, resumes: bool) -> None:
     if _check_command_line(config_name):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # an error from here on is a defect: show the whole traceback
 
+    failed: list[str] = []  # jobs of a sweep
+
     @hydra.main(config_path=config_folder(), config_name=config_name, version_base="1.3")
-    def run(cfg: DictConfig) -> None:
+    def run(cfg: DictConfig) -> float | None:
+        from dprl.cli import multirun  # imported late, so that --help does not wait for it
+
+        sweep = multirun.is_sweep()
         try:
             for key in ("trust", "debug"):
                 if not isinstance(cfg[key], bool):
                     raise UserError(f"{key} is invalid", expected="true or false", got=cfg[key], fix=f"{key}=true")
             trust.allow_any_target(cfg.trust)
             trust.use_working_folder(OmegaConf.to_container(cfg, resolve=False))
-            load_function(target)(cfg, list(HydraConfig.get().overrides.task))
+            if sweep:
+                multirun.add_settings_to_out(cfg)
+            folder = load_function(target)(cfg, list(HydraConfig.get().overrides.task))
+            return multirun.score(folder) if isinstance(folder, Path) else None
         except (UserError, OmegaConfBaseException) as error:
             if cfg.debug is True:
                 raise
-            fail(error if isinstance(error, UserError) else overrides.config_error(error))
+            message = error if isinstance(error, UserError) else overrides.config_error(error)
+            if not sweep:
+                fail(message)
+            print(f"error: {message}", file=sys.stderr)
+            failed.append(str(cfg.out))
+            return float("nan")
         except OSError as error:
             if cfg.debug or error.errno not in FULL:
                 raise
@@ -99,6 +113,8 @@ def _run(config_name: str, target: str, resumes: bool) -> None:
             _exit_for_signal(signal, _next_step(cfg, resumes))
 
     run()
+    if failed:
+        fail(f"{len(failed)} of the sweep's jobs failed: {', '.join(failed)}")
 
 
 def _exit_for_signal(signal: KeyboardInterrupt, next_step: str) -> None:

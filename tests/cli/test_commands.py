@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dprl.cli import multirun
 from dprl.cli.main import COMMANDS
 from dprl.data.readers import d4rl
 from dprl.training import checkpoint
@@ -107,6 +108,20 @@ def test_the_result_is_never_worse_than_the_pretrained_policy(in_process, cloned
     assert ("No checkpoint was better than the pretrained policy" in printed) is (best == 0)
     assert "better than" not in printed or got["finetuned"] == got["pretrained"]
     assert in_process("dprl evaluate", "runs/tuned", "n=2")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_job_of_a_sweep_that_fails_does_not_end_the_others(command, cloned):
+    settings = ["--multirun", *CLONE, "train.lr=1e-3,-1,2e-3", "seed=0"]
+    done = command("pretrain.py", *settings, status=2)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: train.lr is out of range") == 1
+    assert "1 of the sweep's jobs failed: runs/avoid-bc-0-lr_-1" in done.stderr
+    for name in ("lr_0.001", "lr_0.002"):
+        assert (
+            multirun.score(cloned / f"runs/avoid-bc-0-{name}")
+            == result(cloned / f"runs/avoid-bc-0-{name}")["pretrained"]["success"]
+        )
 
 
 @pytest.mark.parametrize("without", ["task.env=null", "evaluation.final_episodes=0"])

@@ -32,6 +32,9 @@ LAYOUTS = (  # program, the code that prints the names of its rows, and a folder
 )
 
 
+RENAMED = {"import dprl.tune": "import dprl.training.trainer"}  # rows of older commits, and their present names
+
+
 class Checkout:
     """The files of a commit, or of a folder.
 
@@ -64,16 +67,22 @@ class Checkout:
         return done.stdout
 
     def names(self) -> list[str]:
-        """Return the names of all rows."""
+        """Return the present names of all rows."""
         _, statement, call, _ = self.layout
-        return json.loads(self.python("-c", f"{statement}; import json; print(json.dumps([r.name for r in {call}]))"))
+        names: list[str] = json.loads(
+            self.python("-c", f"{statement}; import json; print(json.dumps([r.name for r in {call}]))")
+        )
+        self.own_names: dict[str, str] = {RENAMED.get(name, name): name for name in names}
+        return list(self.own_names)
 
     def measure(self, name: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
         """Return a result of the benchmark: `versions`, and the row `name` as `row`."""
         flags = ["--threads", str(options.threads), "--repeats", str(options.inner_repeats), "--out", str(out)]
-        self.python(*self.layout[0], "--only", name, *flags)
+        own = self.own_names[name]
+        self.python(*self.layout[0], "--only", own, *flags)
         result = read_json(out)
-        return {"versions": result["versions"], "row": next(row for row in result["rows"] if row["name"] == name)}
+        row = next(row for row in result["rows"] if row["name"] == own)
+        return {"versions": result["versions"], "row": row | {"name": name}}
 
 
 def _cost(row: dict[str, Any], side: str) -> float | None:

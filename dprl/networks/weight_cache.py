@@ -1,7 +1,7 @@
 """Cache of tensors derived from weights, valid while the weights do not change.
 
 A chain of reverse steps, a rollout and an evaluation run under `cached_weights`: there the timestep embeddings are
-computed once for all timesteps, and linear layers pack their weights once.
+computed once for all timesteps, and in bfloat16 linear layers pack their weights once.
 
 Shapes: N batch, K timesteps.
 """
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 CALLS_BEFORE_PACKING = 10  # packing a matrix costs about as much as it saves in so many calls
-MIN_ROWS, MAX_ROWS = 8, 128  # rows for which a packed product is faster in float32
-MIN_WEIGHTS = 128 * 128  # entries of a matrix from which packing pays in float32
-MAX_ROWS_BF16 = 1024  # rows up to which packing pays in bfloat16, for matrices of any size
+MAX_ROWS = 1024  # rows up to which packing pays, for matrices of any size
 
 
 class Cache(local):
@@ -78,7 +76,7 @@ def timestep_embedding(net: Callable[[Tensor], Tensor], table: Tensor, t: Tensor
 
 
 class PackedLinear(nn.Linear):
-    """Linear layer for repeated calls with few rows, as in denoising chains.
+    """Linear layer for repeated calls with few rows in bfloat16, as in denoising chains.
 
     On a CPU such a product spends much of its time reordering the weights for the kernel. Inside a `cached_weights`
     block the layer reorders them once, after `CALLS_BEFORE_PACKING` calls with as many rows.
@@ -96,11 +94,8 @@ class PackedLinear(nn.Linear):
         return super().forward(input) if isinstance(entry, int) else entry(input)
 
 
-# The operators of torch.ops.mkl and torch.ops.mkldnn below are private, but torch has no public way to reuse reordered
-# weights in eager mode. On one core of an AMD EPYC with AVX-512, in bfloat16, 20 reverse steps of an MLP of width 512
-# for one observation take 3.3 ms packed and 4.4 ms plain, 10 steps of a small transformer 27 and 36 ms. In float32, a
-# product of 8 rows with a 1024 x 1024 matrix takes 0.30 and 0.39 ms there; with 512 x 512 the gain is 7 %, with 40 rows
-# 1 %.
+# The operators of torch.ops.mkldnn below are private, but torch has no public way to reuse reordered weights in eager
+# mode. benchmarks/README.md has what they gain; in float32 they gain nothing, so only bfloat16 matrices are packed.
 
 
 def packs_bfloat16() -> bool:
@@ -111,15 +106,10 @@ def packs_bfloat16() -> bool:
 
 def _packed(layer: PackedLinear, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a packed equivalent of `layer` for the row count of `x`, or its plain forward if packing is not faster."""
-    rows, autocast = x.numel() // layer.in_features, torch.is_autocast_enabled("cpu")
-    weight, bias = layer.weight, layer.bias
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
-        if not autocast and x.dtype == torch.float32 and torch.backends.mkl.is_available():
-            if MIN_ROWS <= rows <= MAX_ROWS and weight.numel() >= MIN_WEIGHTS:
-                packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-                return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
-        elif autocast and rows <= MAX_ROWS_BF16 and packs_bfloat16():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), rows)
-            bias_bf16 = None if bias is None else bias.bfloat16()
-            return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias_bf16, "none", [], "")
-    return partial(nn.Linear.forward, layer)
+    rows, weight, bias = x.numel() // layer.in_features, layer.weight, layer.bias
+    usable = x.device.type == "cpu" and not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    if not usable or rows > MAX_ROWS or not packs_bfloat16():
+        return partial(nn.Linear.forward, layer)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), rows)
+    bias_bf16 = None if bias is None else bias.bfloat16()
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias_bf16, "none", [], "")

@@ -76,8 +76,8 @@ class Probe:
 
     def log_prob(self, rows: Any, context: Any) -> Tensor:
         """Return log-probabilities [N, K'] of a minibatch's chains."""
-        with context:
-            return self.actor.log_prob(rows["obs"], rows["chain"])
+        self.actor.autocast = context
+        return self.actor.log_prob(rows["obs"], rows["chain"])
 
     def policy_gradient(self, rows: Any, context: Any, old_log_prob: Tensor | None = None) -> Tensor:
         """Return the flat gradient of DPPO's policy loss on a minibatch.
@@ -112,9 +112,8 @@ class Probe:
         obs = self.rows["obs"][: self.cfg.num_envs]  # so many are sampled at a time
         with torch.no_grad():
             scored = self.log_prob(self.rows, BF16) - self.rows["log_prob"]
-            with BF16:
-                _, extra = self.actor(obs)
-                both = self.actor.log_prob(obs, extra["chain"]) - extra["log_prob"]
+            _, extra = self.actor(obs)  # in bfloat16 too
+            both = self.actor.log_prob(obs, extra["chain"]) - extra["log_prob"]
         return {"both": _log_ratio_stats(both, self.algo.clip), "scored": _log_ratio_stats(scored, self.algo.clip)}
 
     def cosines(self) -> dict[str, float]:
@@ -141,7 +140,8 @@ class Probe:
         obs = self.rows["obs"][: self.cfg.num_envs]
 
         def sample(context: Any) -> None:
-            with torch.no_grad(), context:
+            self.actor.autocast = context
+            with torch.no_grad():
                 self.actor(obs)
 
         works: dict[str, Callable[[Any], Any]] = {
@@ -160,6 +160,7 @@ class Probe:
         """Update on one iteration's data and return how far log-ratios in bfloat16 are from the exact ones."""
         contexts = {"fp32": FP32, "bf16": BF16}
         old = {name: self.log_prob(self.rows, context).detach() for name, context in contexts.items()}
+        self.actor.autocast = FP32
         self.algo.update(self.batch)
         ratios = {name: self.log_prob(self.rows, context).detach() - old[name] for name, context in contexts.items()}
         out = {

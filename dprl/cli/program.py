@@ -95,8 +95,13 @@ def _run(config_name: str, target: str, resumes: bool) -> None:
                 multirun.add_settings_to_out(cfg)
             folder = load_function(target)(cfg, list(HydraConfig.get().overrides.task))
             return multirun.score(folder) if isinstance(folder, Path) else None
-        except (UserError, OmegaConfBaseException) as error:
-            if cfg.debug is True:
+        except Exception as error:
+            if name := signals.requested():  # a library has turned the signal's exception into one of its own
+                _exit_for_signal(signals.Interrupted(name), _next_step(cfg, resumes))
+            if isinstance(error, OSError) and error.errno in FULL and not cfg.debug:
+                what = f"cannot write {error.filename}: {error.strerror}"
+                fail(f"{what}; earlier files are intact; {_next_step(cfg, resumes)}", FULL_STATUS)
+            if cfg.debug is True or not isinstance(error, UserError | OmegaConfBaseException):
                 raise
             message = error if isinstance(error, UserError) else overrides.config_error(error)
             if not sweep:
@@ -104,11 +109,6 @@ def _run(config_name: str, target: str, resumes: bool) -> None:
             print(f"error: {message}", file=sys.stderr)
             failed.append(str(cfg.out))
             return float("nan")
-        except OSError as error:
-            if cfg.debug or error.errno not in FULL:
-                raise
-            what = f"cannot write {error.filename}: {error.strerror}"
-            fail(f"{what}; earlier files are intact; {_next_step(cfg, resumes)}", FULL_STATUS)
         except KeyboardInterrupt as signal:
             _exit_for_signal(signal, _next_step(cfg, resumes))
 

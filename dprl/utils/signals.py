@@ -28,9 +28,9 @@ class _State:
 _state = _State()
 
 
-def requested() -> bool:
-    """Return True if a signal has requested the end of the run."""
-    return _state.requested_by is not None
+def requested() -> str | None:
+    """Return the name of the signal that has requested the end of the run, or None."""
+    return _state.requested_by
 
 
 def stop() -> None:

@@ -139,7 +139,9 @@ def lock(folder: Path) -> None:
         if (status.st_dev, status.st_ino) in _locks:  # opening the file again would end the lock
             return
     with naming(path):
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644), "r+")
+        file = os.fdopen(
+            os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644), "r+", errors="replace"
+        )
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

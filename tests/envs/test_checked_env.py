@@ -1,4 +1,4 @@
-"""What environments and rewards of users return, change and raise."""
+"""Checks and copies of the values that environments and rewards of users return, and messages for their errors."""
 
 from functools import partial
 from typing import Any
